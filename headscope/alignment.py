@@ -210,6 +210,9 @@ def heads(
     Returns:
         Pairs ``[layer, head]``, best first.
 
+    Raises:
+        InputError: if the table lacks the score, or ``top`` is below 1.
+
     Example:
         >>> from transformers import T5Config, T5ForConditionalGeneration
         >>> small = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
@@ -290,6 +293,9 @@ def path(
 
     Returns:
         Pairs ``(target, source)`` from the first positions to the last.
+
+    Raises:
+        InputError: if the weights are not a matrix.
 
     Source:
         Radford et al. 2022 (arXiv 2212.04356), word timestamps of Whisper.

@@ -179,6 +179,9 @@ def on_grid_of(model: HeadModel, probe: Probe) -> Probe:
 def need_probe(probe: object) -> None:
     """Refuse anything but a probe, such as a text or a token tensor.
 
+    Args:
+        probe: value to check.
+
     Raises:
         InputError: with how to make a probe.
 
@@ -223,6 +226,9 @@ def check_fits(model: HeadModel, probe: Probe, *, answers: bool = False) -> None
         probe: any probe.
         answers: whether logits of its tokens and targets are needed; some models have logits for
             fewer tokens than they read.
+
+    Raises:
+        InputError: if the probe does not fit the model.
 
     Example:
         >>> hs.capture.check_fits(model, probe)

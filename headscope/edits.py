@@ -98,6 +98,12 @@ SITES: tuple[HeadSite, ...] = ("query", "key", "value", "pattern", "z")
 def head_list(heads: Heads) -> tuple[HeadIndex, ...]:
     """Parse one head or several, ``"L5H1"``, ``"5.1"`` or ``(5, 1)``; duplicates are dropped.
 
+    Args:
+        heads: one head address or several.
+
+    Returns:
+        Head addresses, without duplicates.
+
     Raises:
         InputError: if an entry is not a head address.
 
@@ -421,6 +427,12 @@ class Stacked:
 def stack(variants: Sequence[Variant]) -> tuple[Stacked, ...]:
     """Combine the variants' edits for a stacked pass, one per edited site.
 
+    Args:
+        variants: edits of each variant.
+
+    Returns:
+        One stacked edit per edited site.
+
     Example:
         >>> stacked = hs.edits.stack([(hs.edits.zero("L0H0"),), (hs.edits.zero("L1H1"),)])
         >>> [one.site for one in stacked]
@@ -438,6 +450,14 @@ def stack(variants: Sequence[Variant]) -> tuple[Stacked, ...]:
 def cut(variant: Variant, examples: slice = slice(None), first: int = 0) -> tuple[AnyEdit, ...]:
     """Cut a variant's edits to some examples, from one position on; others are passed through.
 
+    Args:
+        variant: edits to cut.
+        examples: examples to keep.
+        first: first position to keep.
+
+    Returns:
+        The edits for these examples and positions.
+
     Example:
         >>> edit = hs.edits.zero("L0H0", positions=probe.mark("second_copy"))
         >>> len(hs.edits.cut((edit,), examples=slice(0, 1)))
@@ -452,6 +472,13 @@ def cut(variant: Variant, examples: slice = slice(None), first: int = 0) -> tupl
 def during(variant: Variant, span: Span) -> tuple[AnyEdit, ...]:
     """Restrict a variant's edits to the positions of a pass; drop those that touch none.
 
+    Args:
+        variant: edits to restrict.
+        span: positions of the pass.
+
+    Returns:
+        The edits that apply to the pass.
+
     Example:
         >>> step = hs.edits.Span(first=9, count=1, prompt=9)
         >>> len(hs.edits.during([hs.edits.zero("L0H0", scope="prefill")], step))
@@ -464,6 +491,13 @@ def during(variant: Variant, span: Span) -> tuple[AnyEdit, ...]:
 @checked
 def edited_heads(variant: Variant, layer: int) -> tuple[int, ...] | None:
     """Heads of a layer that a variant edits, in order; None if an edit does not tell.
+
+    Args:
+        variant: edits to inspect.
+        layer: layer number.
+
+    Returns:
+        Head numbers, or None.
 
     Example:
         >>> hs.edits.edited_heads([hs.edits.zero(["L0H2", "L0H1"])], 0)
@@ -489,6 +523,14 @@ def edited_heads(variant: Variant, layer: int) -> tuple[int, ...] | None:
 def among(edit: AnyEdit, layer: int, heads: tuple[int, ...]) -> AnyEdit:
     """Restrict an edit to one layer's value that holds only some heads.
 
+    Args:
+        edit: edit to restrict.
+        layer: layer of the value.
+        heads: head numbers on the value's head axis.
+
+    Returns:
+        The restricted edit.
+
     Example:
         >>> hs.edits.among(hs.edits.zero("L0H5"), 0, (3, 5)).heads
         {0: (1,)}
@@ -500,6 +542,12 @@ def among(edit: AnyEdit, layer: int, heads: tuple[int, ...]) -> AnyEdit:
 def first_layer(variant: Variant) -> int | None:
     """Lowest layer that a variant edits; None if it edits none.
 
+    Args:
+        variant: edits to inspect.
+
+    Returns:
+        Layer number, or None.
+
     Example:
         >>> hs.edits.first_layer([hs.edits.zero("L2H0"), hs.edits.zero("L1H1")])
         1
@@ -510,6 +558,12 @@ def first_layer(variant: Variant) -> int | None:
 @checked
 def first_position(variant: Variant) -> int:
     """First position that a variant edits; 0 if an edit does not tell.
+
+    Args:
+        variant: edits to inspect.
+
+    Returns:
+        Position, from 0.
 
     Example:
         >>> edit = hs.edits.zero("L0H0", positions=probe.mark("second_copy"))
@@ -642,6 +696,13 @@ def entmax_rows(
 def top_rows(pattern: Float[Tensor, "*any key"], k: int) -> Float[Tensor, "*any key"]:
     """Restrict softmax rows to their k most probable keys and renormalise.
 
+    Args:
+        pattern: attention rows; they may sum to less than 1, with the rest on a learned sink.
+        k: number of keys to keep.
+
+    Returns:
+        Rows with at most k nonzero keys.
+
     Example:
         >>> hs.edits.top_rows(torch.tensor([[0.5, 0.3, 0.2]]), 2).round(decimals=3).tolist()
         [[0.625, 0.375, 0.0]]
@@ -711,6 +772,14 @@ class _Entmax(torch.autograd.Function):
 def zero(heads: Heads, *, positions: PositionMask = None, scope: Scope = "all") -> HeadEdit:
     """Set ``z`` to 0, including the contribution of a value bias; the output bias stays.
 
+    Args:
+        heads: heads to edit.
+        positions: mask ``[batch pos]`` of the positions to edit. Default: all.
+        scope: ``all``, ``prefill`` or ``decode``.
+
+    Returns:
+        The edit.
+
     Example:
         >>> hs.edits.zero(["L0H1", "L2H3"]).layers == {0, 2}
         True
@@ -727,6 +796,15 @@ def mean(
     scope: Scope = "all",
 ) -> HeadEdit:
     """Replace ``z`` with the head's mean over a reference probe.
+
+    Args:
+        heads: heads to edit.
+        means: mean outputs by layer, ``[head d_head]``.
+        positions: mask ``[batch pos]`` of the positions to edit. Default: all.
+        scope: ``all``, ``prefill`` or ``decode``.
+
+    Returns:
+        The edit.
 
     Example:
         >>> edit = hs.edits.mean("L1H2", hs.ablation.head_means(model, probe))
@@ -749,6 +827,15 @@ def mean_pos(
     A position is a column of the batch, padding included: under left padding, prompts of different
     lengths are averaged and replaced at different places in their texts.
 
+    Args:
+        heads: heads to edit.
+        means: mean outputs by layer and position, ``[pos head d_head]``.
+        positions: mask ``[batch pos]`` of the positions to edit. Default: all.
+        scope: ``all``, ``prefill`` or ``decode``.
+
+    Returns:
+        The edit.
+
     Example:
         >>> means = hs.ablation.head_means(model, probe, per_position=True)
         >>> hs.edits.mean_pos("L1H2", means).site
@@ -767,6 +854,15 @@ def resample(
 ) -> HeadEdit:
     """Replace ``z`` with that of another example at the same position.
 
+    Args:
+        heads: heads to edit.
+        donors: outputs of other examples by layer, ``[batch pos head d_head]``.
+        positions: mask ``[batch pos]`` of the positions to edit. Default: all.
+        scope: ``all``, ``prefill`` or ``decode``.
+
+    Returns:
+        The edit.
+
     Example:
         >>> values = hs.ablation.head_values(model, probe.tokens.flip(0))
         >>> hs.edits.resample("L1H2", values).site
@@ -782,6 +878,14 @@ def uniform(heads: Heads, *, positions: PositionMask = None, scope: Scope = "all
     The retrieval-head literature calls this masking (Wu et al. 2024, arXiv 2404.15574). Exact if
     only ``q k`` enters the softmax: a position bias (ALiBi) remains, and with a learned sink
     (gpt-oss) the row is flat except for the sink's share.
+
+    Args:
+        heads: heads to edit.
+        positions: mask ``[batch pos]`` of the query positions to edit. Default: all.
+        scope: ``all``, ``prefill`` or ``decode``.
+
+    Returns:
+        The edit.
 
     Example:
         >>> with model.edited([hs.edits.uniform("L0H0")]):
@@ -800,6 +904,14 @@ def freeze_pattern(
     positions: PositionMask = None,
 ) -> HeadEdit:
     """Freeze attention to its pattern in another run, whatever its queries and keys are.
+
+    Args:
+        heads: heads to edit.
+        patterns: attention patterns by layer, ``[batch head query key]``.
+        positions: mask ``[batch pos]`` of the query positions to edit. Default: all.
+
+    Returns:
+        The edit.
 
     Example:
         >>> patterns = hs.ablation.head_values(model, probe.tokens, site="pattern")
@@ -823,6 +935,15 @@ def patch(
 
     At ``key`` and ``value`` the heads are key/value heads, which several query heads may share.
 
+    Args:
+        heads: heads to edit.
+        donors: values of the paired run at the site, by layer.
+        site: site to edit: ``z``, ``query``, ``key``, ``value`` or ``pattern``.
+        positions: mask ``[batch pos]`` of the positions to edit. Default: all.
+
+    Returns:
+        The edit.
+
     Example:
         >>> keys = hs.ablation.head_values(model, probe.control.tokens, site="key")
         >>> hs.edits.patch("L1H0", keys, site="key").site
@@ -841,6 +962,16 @@ def scale(
     scope: Scope = "all",
 ) -> HeadEdit:
     """Multiply the value at a site by a factor.
+
+    Args:
+        heads: heads to edit.
+        factor: multiplier.
+        site: site to edit: ``z``, ``query``, ``key`` or ``value``.
+        positions: mask ``[batch pos]`` of the positions to edit. Default: all.
+        scope: ``all``, ``prefill`` or ``decode``.
+
+    Returns:
+        The edit.
 
     Example:
         >>> hs.edits.scale("L1H0", 0.5, positions=probe.mark("second_copy")).factor

@@ -172,6 +172,12 @@ AnyMetric = Metric | WholeMetric
 def as_metric(metric: Metric | WholeMetric | Callable[..., Tensor]) -> AnyMetric:
     """Return a metric unchanged, and wrap a plain function in a :class:`WholeMetric`.
 
+    Args:
+        metric: metric, or a function ``f(logits, probe) -> [batch]``.
+
+    Returns:
+        The metric.
+
     Raises:
         InputError: if it is neither.
 
@@ -217,6 +223,15 @@ def rows_of(
     clean: Float[Tensor, "row d_vocab"] | None = None,
 ) -> LogitRows:
     """Build the rows of a batch with their targets, foils and clean logits.
+
+    Args:
+        logits: logits at the positions that are read, ``[row d_vocab]``.
+        probe: examples with targets.
+        read: mask of those positions, ``[batch pos]``.
+        clean: logits of the clean run at the same positions.
+
+    Returns:
+        Rows for a metric's function.
 
     Example:
         >>> len(rows_of(torch.zeros(40, 9), probe, probe.targets >= 0).targets)
@@ -468,6 +483,15 @@ def normalised_effect(
     """``(value - baseline) / (clean - baseline)``: 1 as in the clean run, 0 as in the baseline.
 
     NaN where clean and baseline are less than ``tolerance`` apart.
+
+    Args:
+        value: metric of the run to rate.
+        clean: metric of the clean run.
+        baseline: metric of the corrupted run.
+        tolerance: smallest gap between clean and baseline.
+
+    Returns:
+        Normalised effect, without a unit.
 
     Example:
         >>> float(normalised_effect(*torch.tensor([3.0, 4.0, 2.0])))

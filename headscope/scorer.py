@@ -288,6 +288,12 @@ def every_query(probe: Probe) -> Bool[Tensor, "batch pos"]:
 
     For images: every patch; rows of the class token and of registers are left out.
 
+    Args:
+        probe: examples with real positions.
+
+    Returns:
+        Mask ``[batch pos]``.
+
     Example:
         >>> bool(every_query(probe)[:, 0].any())  # never the first token
         False
@@ -309,6 +315,19 @@ def row_scorer(
     **declared: Unpack[ScorerFacts],
 ) -> Callable[[RowFunction], Scorer]:
     """Turn a function of attention rows into a scorer; arguments as in :class:`Scorer`.
+
+    Args:
+        unit: unit of the values.
+        bounds: smallest and largest possible value; None: unbounded.
+        queries: selects the query positions to score.
+        probe: default probe.
+        control: control that gives the null; None: no null.
+        needs: model capabilities that the scorer needs.
+        declared: ``name``, ``source``, ``direction``, ``threshold`` and ``alternative``; see
+            :class:`Scorer`.
+
+    Returns:
+        A decorator for ``f(rows, probe) -> [batch head query]``.
 
     Example:
         >>> @row_scorer()
@@ -341,6 +360,20 @@ def output_scorer(
     **declared: Unpack[ScorerFacts],
 ) -> Callable[[OutputFunction], Scorer]:
     """Turn a function of head outputs into a scorer; arguments as in :class:`Scorer`.
+
+    Args:
+        unit: unit of the values.
+        bounds: smallest and largest possible value; None: unbounded.
+        queries: selects the positions to score.
+        probe: default probe.
+        control: control that gives the null; None: no null.
+        per_final_scale: whether values are divided by the final norm's scale.
+        needs: model capabilities that the scorer needs.
+        declared: ``name``, ``source``, ``direction``, ``threshold`` and ``alternative``; see
+            :class:`Scorer`.
+
+    Returns:
+        A decorator for ``f(outputs, probe) -> [batch head query]``.
 
     Example:
         >>> @output_scorer(unit="length", needs=())
@@ -380,6 +413,19 @@ def qk_scorer(
     """Turn a function of pre-softmax attention scores into a scorer.
 
     See :class:`Scorer` for the arguments.
+
+    Args:
+        unit: unit of the values.
+        bounds: smallest and largest possible value; None: unbounded.
+        queries: selects the query positions to score.
+        probe: default probe.
+        control: control that gives the null; None: no null.
+        needs: model capabilities that the scorer needs, besides queries and keys.
+        declared: ``name``, ``source``, ``direction``, ``threshold`` and ``alternative``; see
+            :class:`Scorer`.
+
+    Returns:
+        A decorator for ``f(scores, probe) -> [batch head query]``.
 
     Example:
         >>> @qk_scorer(unit="score", control=None)
@@ -501,6 +547,12 @@ def weight_scorer(
 def without_sink(scorer: Scorer) -> Scorer:
     """Return the same scorer on rows renormalised without the first position.
 
+    Args:
+        scorer: scorer of attention rows.
+
+    Returns:
+        The scorer, with ``_no_sink`` added to its name.
+
     Example:
         >>> without_sink(hs.scorers.CATALOGUE["entropy"]).name
         'entropy_no_sink'
@@ -511,6 +563,12 @@ def without_sink(scorer: Scorer) -> Scorer:
 
 def value_weighted(scorer: Scorer) -> Scorer:
     """Return the same scorer on rows weighted by the norm of each key's value (Kobayashi 2020).
+
+    Args:
+        scorer: scorer of attention rows.
+
+    Returns:
+        The scorer, with ``_value_weighted`` added to its name.
 
     Example:
         >>> value_weighted(hs.scorers.CATALOGUE["induction"]).name

@@ -59,6 +59,19 @@ def ablate_groups(
 
     ``groups`` maps names to heads; the other arguments are those of :func:`headscope.ablate_heads`.
 
+    Args:
+        model: model to run.
+        probe: examples to run.
+        metric: metric from :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
+        groups: heads by group name, e.g. ``{"early": ["L0H0", "L0H1"]}``.
+        method: intervention; see :func:`headscope.ablate_heads`.
+        options: further options of :func:`headscope.ablate_heads`: ``positions``, ``reference``,
+            ``seed``, ``batch_size``, ``memory`` and ``progress``.
+
+    Returns:
+        Metric with the group ablated minus that without, per group and example, in the metric's
+        unit.
+
     Raises:
         InputError: if the groups have no names, or there is none.
 
@@ -109,6 +122,20 @@ def ablate_cumulatively(
     ``order`` gives the heads, first to last; the other arguments are those of
     :func:`headscope.ablate_heads`.
 
+    Args:
+        model: model to run.
+        probe: examples to run.
+        metric: metric from :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
+        order: heads, first to last.
+        method: intervention; see :func:`headscope.ablate_heads`.
+        options: further options; see :func:`ablate_groups`.
+
+    Returns:
+        Effect of ablating the first 0, 1, 2, ... heads, per example, in the metric's unit.
+
+    Raises:
+        InputError: if a head does not exist, or an argument does not fit the model.
+
     Example:
         >>> curve = hs.ablate_cumulatively(model, probe, hs.metrics.loss, ["L0H0", "L1H2"])
         >>> curve.labels
@@ -134,6 +161,20 @@ def interactions(
     ``effect(a, b) - effect(a) - effect(b)``, a mean over examples, symmetric; 0 if the heads act
     independently. Backup heads show with the sign of the effects of the pair. Pairs that were not
     requested, and the diagonal, are NaN. Arguments are those of :func:`headscope.ablate_heads`.
+
+    Args:
+        model: model to run.
+        probe: examples to run.
+        metric: metric from :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
+        heads: heads to pair, at least two.
+        method: intervention; see :func:`headscope.ablate_heads`.
+        options: further options; see :func:`ablate_groups`.
+
+    Returns:
+        Interaction ``[layer head layer head]`` of every pair, in the metric's unit.
+
+    Raises:
+        InputError: if there are fewer than two heads, or an argument does not fit the model.
 
     Example:
         >>> pairs = hs.interactions(model, probe, hs.metrics.loss, ["L0H0", "L1H2"])

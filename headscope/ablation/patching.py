@@ -254,6 +254,10 @@ def path_patch(
     Returns:
         Effect per sender; NaN where no path leads from it to a receiver.
 
+    Raises:
+        InputError: if the probe has no aligned ``corrupt`` pair, ``entry`` is unknown, or no sender
+            is below the receivers.
+
     Example:
         >>> names = hs.probes.pairs(model, "ioi", batch=2)
         >>> effect = hs.path_patch(model, names, hs.metrics.logit_difference, receivers="L2H1")

@@ -168,6 +168,13 @@ def random_composition(model: HeadModel, fold_norm: bool = True) -> float:
     random Gaussian factors, as in Elhage et al. 2021, have the same mean to within a percent. If
     both sides are centred, the dimension is one less.
 
+    Args:
+        model: model to analyse.
+        fold_norm: whether the composition scores fold in norms.
+
+    Returns:
+        A score above 0.
+
     Example:
         >>> 0 < hs.circuits.random_composition(model) < 1
         True
@@ -266,6 +273,19 @@ def direction_composition(
     Entry (i, j): ``v_i . u_j`` of the earlier head's OV and the later head's input circuit, both
     sorted by singular value. Range [-1, 1]; signs follow :class:`HeadSVD`.
 
+    Args:
+        model: model to analyse.
+        first: earlier head, e.g. ``"L0H1"``.
+        second: later head.
+        mode: input of the later head: ``"Q"``, ``"K"`` or ``"V"``.
+        fold_norm: fold in the gains of norms and centre.
+
+    Returns:
+        Cosines ``[component component]`` of the first head's outputs and the second head's inputs.
+
+    Raises:
+        InputError: if a head or mode does not exist, or the first head is not in a lower layer.
+
     Example:
         >>> cosines = hs.circuits.direction_composition(model, "L0H0", "L1H0", "Q")
         >>> cosines.shape == (model.shape.d_head, model.shape.d_head)
@@ -354,6 +374,14 @@ def subspace_affinity(model: HeadModel, mode: str, fold_norm: bool = True) -> Pa
     have equal entries.
 
     Source: the projection kernel of Grassmann learning (Hamm and Lee 2008).
+
+    Args:
+        model: model to analyse.
+        mode: input of the later head: ``"Q"``, ``"K"`` or ``"V"``.
+        fold_norm: fold in the gains of norms and centre.
+
+    Returns:
+        Pair scores ``[layer head layer head]``, from 0 to 1.
 
     Example:
         >>> pairs = hs.circuits.subspace_affinity(model, "K")
@@ -448,13 +476,26 @@ def chains(scores: Iterable[PairScores], chance: float, k: int, length: int) -> 
     The logarithm of a chain's strength is a sum over its links, so the k best chains that end in a
     head extend the k best that end in lower heads (dynamic programming).
 
+    Args:
+        scores: pair scores, one per kind of composition; a link takes the best of them.
+        chance: score of independent random heads, by which every link is divided; see
+            :func:`random_composition`.
+        k: number of chains.
+        length: number of heads in a chain, at least 2.
+
+    Returns:
+        Chains, strongest first; the strength is the geometric mean of its links over chance.
+
+    Raises:
+        InputError: if the length is below 2.
+
     Example:
         >>> pairs = hs.circuits.composition(model, "K")
         >>> len(hs.circuits.chains([pairs], hs.circuits.random_composition(model), k=2, length=2))
         2
     """
     if length < 2:
-        raise InputError("length={length}: a chain needs at least two heads.")
+        raise InputError(f"length={length}: a chain needs at least two heads.")
     best: dict[tuple[HeadIndex, HeadIndex], tuple[float, str]] = {}  # best mode of each pair
     for one in scores:
         for i, j, m, n in np.argwhere(one.present & (one.values > 0)).tolist():

@@ -103,6 +103,13 @@ class PromptRecording:
 def record(model: HeadModel, tokens: Int[Tensor, " pos"] | Sequence[int]) -> PromptRecording:
     """Run one prompt and record residual inputs, head outputs and patterns of all layers.
 
+    Args:
+        model: model to run.
+        tokens: token ids of one prompt, ``[pos]``.
+
+    Returns:
+        Recording for :func:`score_parts` and :func:`suppliers`.
+
     Example:
         >>> recording = hs.circuits.record(model, probe.tokens[0])
         >>> type(recording).__name__
@@ -131,6 +138,17 @@ def score_parts(
     the score is negative), whose sum reaches ``share`` of the score. Under rotary positions the
     basis is that of the exact circuit at this distance; under norms on queries and keys (qwen3,
     gemma3) at these positions, whose scales are frozen.
+
+    Args:
+        model: model of the recording.
+        recording: recording from :func:`record`.
+        head: head that the score belongs to, e.g. ``"L5H1"``.
+        query: query position.
+        key: key position, not after the query.
+        share: share of the score that the kept components must reach.
+
+    Returns:
+        The score with its components and the directions of the kept ones.
 
     Raises:
         UnsupportedModelError: if queries and keys are changed by more than norms and a rotation.
@@ -183,6 +201,14 @@ def suppliers(model: HeadModel, recording: PromptRecording, parts: ScoreParts) -
     attention (gemma2): on either side the contributions and that side's constant sum to
     ``kept_score``. Unlike the paper, which projects on the signal directions with weights
     ``sqrt(S)``, contributions are in units of the score, and the bias is counted once.
+
+    Args:
+        model: model of the recording.
+        recording: recording from :func:`record`.
+        parts: score to trace, from :func:`score_parts`.
+
+    Returns:
+        One edge per side (query, key) and earlier head, and one for the rest of each stream.
 
     Example:
         >>> recording = hs.circuits.record(model, probe.tokens[0])

@@ -114,6 +114,12 @@ def of_words(model: HeadModel, name: str, pairs: Iterable[tuple[str, str]]) -> T
 def read_relations(path: "str | PathLike[str]") -> dict[str, WordPairs]:
     """Read pairs of words from JSON.
 
+    Args:
+        path: JSON file ``{"name": [["source", "target"], ...], ...}``.
+
+    Returns:
+        Pairs of words by name of the relation.
+
     Raises:
         InputError: with what is wrong in the file.
 
@@ -204,6 +210,12 @@ def relation_scores(
         fold_norm: fold the gains of the norms and centre; the paper does not.
         heads: only these; the others get no value. None: all.
         progress: show a progress bar; None: in a terminal or notebook.
+
+    Returns:
+        A table with two scores per relation, ``maps_R`` and ``maps_R_suppressed``.
+
+    Raises:
+        InputError: if there are no relations.
 
     Source: Elhelo and Geva 2024, "Inferring Functionality of Attention Heads from their Parameters"
     (MAPS). On ties the lowest token id wins.
@@ -318,6 +330,17 @@ def salient_mappings(
     figures applied it in layer 0 too).
 
     Source: Elhelo and Geva 2024, section 3.
+
+    Args:
+        model: model whose heads write linearly.
+        head: head to read, e.g. ``"L5H1"``.
+        sources: number of source tokens to return.
+        targets: number of output tokens per source.
+        first_mlp: use embeddings after the first MLP for heads above layer 0.
+        fold_norm: fold in the gains of norms and centre.
+
+    Returns:
+        Source tokens with their saliency, and the most promoted and most suppressed tokens of each.
 
     Example:
         >>> found = hs.circuits.salient_mappings(model, "L2H1", sources=3, targets=2)

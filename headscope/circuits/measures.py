@@ -29,6 +29,12 @@ def symmetric_share(factors: HeadFactors) -> Float[Tensor, "layer head"]:
     antisymmetric, 1/2 on average by chance. NaN for a zero matrix. Known weakness: it ignores the
     sign; see :func:`eigenvalue_ratio`.
 
+    Args:
+        factors: OV or QK circuits of all heads.
+
+    Returns:
+        Share ``[layer head]``, from 0 to 1.
+
     Example:
         >>> share = hs.circuits.symmetric_share(hs.circuits.ov(model))
         >>> bool(((share >= 0) & (share <= 1)).all())
@@ -49,6 +55,12 @@ def eigenvalue_ratio(
     1 if all eigenvalues are positive (outputs resemble inputs), -1 if all are negative; NaN for a
     zero matrix.
 
+    Args:
+        core: matrices with the eigenvalues of interest, ``[layer head d_head d_head]``.
+
+    Returns:
+        Ratio ``[layer head]``, from -1 to 1.
+
     Example:
         >>> float(hs.circuits.eigenvalue_ratio(torch.eye(3)[None, None]))
         1.0
@@ -66,6 +78,13 @@ def read_alignment(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "la
     ``tr(Q.T @ C @ Q) / tr(C)`` with Q an orthonormal basis of the left factor's columns and C the
     covariance of the token embeddings. Range [0, 1]; by chance d_head / d_model. Known weakness:
     all directions of the subspace count equally, even those that the head hardly uses.
+
+    Args:
+        factors: OV or QK circuits of all heads.
+        words: token embeddings and unembeddings of the model.
+
+    Returns:
+        Share ``[layer head]``, from 0 to 1.
 
     Example:
         >>> words = hs.circuits.Dictionary(model)
@@ -87,6 +106,13 @@ def write_alignment(factors: HeadFactors, words: Dictionary) -> Float[Tensor, "l
 
     Like :func:`read_alignment`, for the right factor's rows and the directions of all logits. Low
     if a head writes for later layers rather than for the output.
+
+    Args:
+        factors: OV circuits of all heads.
+        words: token embeddings and unembeddings of the model.
+
+    Returns:
+        Share ``[layer head]``, from 0 to 1.
 
     Example:
         >>> words = hs.circuits.Dictionary(model)
@@ -305,6 +331,13 @@ def copying_eigenvalues(factors: HeadFactors, words: Dictionary) -> Float[Tensor
     Source: Elhage et al. 2021; folded and centred as in Olsson et al. 2022. Known weakness: not
     discriminative alone (a quarter of GPT-2 small's heads exceed 0.95).
 
+    Args:
+        factors: OV circuits of all heads.
+        words: token embeddings and unembeddings of the model.
+
+    Returns:
+        Score ``[layer head]``, from -1 to 1.
+
     Example:
         >>> words = hs.circuits.Dictionary(model)
         >>> scores = hs.circuits.copying_eigenvalues(hs.circuits.ov(model), words)
@@ -324,6 +357,13 @@ def matching_eigenvalues(factors: HeadFactors, words: Dictionary) -> Float[Tenso
     head. Holds at the distance that the factors were made for. NaN where the head reads no tokens,
     so that all that is left of the matrix is rounding.
 
+    Args:
+        factors: QK circuits of all heads.
+        words: token embeddings of the model.
+
+    Returns:
+        Score ``[layer head]``, from -1 to 1.
+
     Example:
         >>> words = hs.circuits.Dictionary(model)
         >>> scores = hs.circuits.matching_eigenvalues(hs.circuits.qk(model), words)
@@ -342,6 +382,15 @@ def copying_share(
 
     Range [0, 1]; chance is k / vocabulary. All logits count; sources are ``tokens`` only. Source:
     the top-1 version is common in tutorials (ARENA); k as in Wang et al. 2022.
+
+    Args:
+        factors: OV circuits of all heads.
+        words: token embeddings and unembeddings of the model.
+        tokens: ids of the source tokens.
+        k: largest rank that counts.
+
+    Returns:
+        Share ``[layer head]``, from 0 to 1.
 
     Example:
         >>> words = hs.circuits.Dictionary(model)
@@ -384,6 +433,15 @@ def matching_share(
 
     Range [0, 1]; chance is k / vocabulary. Valid at the distance that the factors were made for,
     and without biases; every key has its own embedding's norm.
+
+    Args:
+        factors: QK circuits of all heads.
+        words: token embeddings of the model.
+        tokens: ids of the query tokens.
+        k: largest rank that counts.
+
+    Returns:
+        Share ``[layer head]``, from 0 to 1.
 
     Example:
         >>> words = hs.circuits.Dictionary(model)
@@ -472,6 +530,12 @@ def effective_rank(S: Float[Tensor, "*head rank"]) -> Float[Tensor, "*head"]:
     Range: 1 (one direction) to d_head (all equal); 0 for a zero matrix. Source: Roy and Vetterli
     2007, "The effective rank".
 
+    Args:
+        S: singular values ``[*head rank]``.
+
+    Returns:
+        Number of directions ``[*head]``.
+
     Example:
         >>> round(float(hs.circuits.effective_rank(torch.tensor([1.0, 1.0, 0.0]))), 4)
         2.0
@@ -488,6 +552,12 @@ def stable_rank(S: Float[Tensor, "*head rank"]) -> Float[Tensor, "*head"]:
     Range: 1 to d_head; 0 for a zero matrix. Insensitive to small directions. Source: Rudelson and
     Vershynin 2007.
 
+    Args:
+        S: singular values ``[*head rank]``, largest first.
+
+    Returns:
+        Number of directions ``[*head]``.
+
     Example:
         >>> float(hs.circuits.stable_rank(torch.tensor([2.0, 2.0, 0.0])))
         2.0
@@ -502,6 +572,12 @@ def participation_ratio(S: Float[Tensor, "*head rank"]) -> Float[Tensor, "*head"
 
     Range: 1 to d_head; 0 for a zero matrix.
 
+    Args:
+        S: singular values ``[*head rank]``, largest first.
+
+    Returns:
+        Number of directions ``[*head]``.
+
     Example:
         >>> float(hs.circuits.participation_ratio(torch.tensor([3.0, 3.0, 0.0])))
         2.0
@@ -514,6 +590,13 @@ def participation_ratio(S: Float[Tensor, "*head rank"]) -> Float[Tensor, "*head"
 @checked
 def top_share(S: Float[Tensor, "*head rank"], k: int = 1) -> Float[Tensor, "*head"]:
     """Share of the energy in the k largest directions: ``sum(S[:k]^2) / sum(S^2)``, in [0, 1].
+
+    Args:
+        S: singular values ``[*head rank]``, largest first.
+        k: number of largest directions.
+
+    Returns:
+        Share ``[*head]``, from 0 to 1.
 
     Example:
         >>> float(hs.circuits.top_share(torch.tensor([1.0, 1.0, 1.0, 1.0])))
@@ -531,6 +614,14 @@ def marchenko_pastur_edge(rows: int, columns: int, variance: float = 1.0) -> flo
     ``sqrt(variance) * (sqrt(rows) + sqrt(columns))``. For one factor, such as ``W_Q``; for a
     product of two such matrices see :func:`product_edge`. Source: Marchenko and Pastur 1967.
 
+    Args:
+        rows: number of rows of the matrix.
+        columns: number of columns.
+        variance: variance of its entries.
+
+    Returns:
+        A singular value.
+
     Example:
         >>> hs.circuits.marchenko_pastur_edge(400, 100)  # sqrt(400) + sqrt(100)
         30.0
@@ -545,6 +636,16 @@ def product_edge(
     """Mean and standard deviation of the largest singular value of ``A @ B``, by sampling.
 
     Like :func:`product_spectra`, for the largest only.
+
+    Args:
+        rows: first dimension of the first factor, ``[rows inner]``.
+        inner: dimension that the factors share.
+        columns: second dimension of the second factor, ``[inner columns]``.
+        draws: number of random products.
+        seed: seed for the draws.
+
+    Returns:
+        Mean and standard deviation over the draws.
 
     Example:
         >>> mean, spread = hs.circuits.product_edge(64, 8, 64, draws=4)
@@ -565,6 +666,16 @@ def product_spectra(
     Only the small triangular factors are drawn (Bartlett's decomposition), so that the cost does
     not grow with the outer sizes.
 
+    Args:
+        rows: first dimension of the first factor, ``[rows inner]``.
+        inner: dimension that the factors share.
+        columns: second dimension of the second factor, ``[inner columns]``.
+        draws: number of random products.
+        seed: seed for the draws.
+
+    Returns:
+        Singular values ``[draw inner]``.
+
     Example:
         >>> tuple(hs.circuits.product_spectra(64, 8, 64, draws=4).shape)
         (4, 8)
@@ -581,6 +692,13 @@ def outliers(
     S: Float[Tensor, "*head rank"], edge: Float[Tensor, "*head"] | float
 ) -> Int[Tensor, "*head"]:
     """Number of singular values above the edge of the random spectrum.
+
+    Args:
+        S: singular values ``[*head rank]``.
+        edge: edge of the random spectrum, one number or ``[*head]``.
+
+    Returns:
+        Counts ``[*head]``.
 
     Example:
         >>> int(hs.circuits.outliers(torch.tensor([5.0, 3.0, 1.0]), 2.0))

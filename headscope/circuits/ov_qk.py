@@ -279,6 +279,12 @@ _TENSORS = ("left", "right", "left_bias", "right_bias")
 def with_bias(factors: HeadFactors) -> HeadFactors:
     """The same factors with the biases as a last coordinate of d_model that is always 1.
 
+    Args:
+        factors: OV or QK circuits with biases.
+
+    Returns:
+        Factors whose d_model axis is one longer and whose biases are 0.
+
     Example:
         >>> wider = hs.circuits.with_bias(hs.circuits.qk(model))
         >>> wider.left.shape[-2] == model.shape.d_model + 1
@@ -559,6 +565,15 @@ def qk_bands(
 
     Each plane is a product of rank 2; the unrotated coordinates come last, together. The parts sum
     to ``qk(model, offset=offset)`` exactly, biases included.
+
+    Args:
+        model: model with rotary positions.
+        offset: distance from query to key, in positions.
+        fold_norm: fold in the gains of norms and centre.
+        layers: layers to include. Default: all with attention.
+
+    Returns:
+        One set of factors per rotary plane, fastest first, then one for unrotated coordinates.
 
     Raises:
         UnsupportedModelError: if no matrix product gives the scores; see :func:`qk`.

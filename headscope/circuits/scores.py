@@ -446,6 +446,13 @@ def weight_scorers(
 ) -> tuple[Scorer, ...]:
     """All weight scorers, in table order; see :func:`score`.
 
+    Args:
+        k: largest rank that counts in scores over tokens.
+        embeddings: token embeddings to use: ``"raw"``, or ``"mlp"`` for those after the first MLP.
+
+    Returns:
+        Scorers for :func:`headscope.circuits.score`.
+
     Example:
         >>> [one.name for one in hs.circuits.weight_scorers()][:2]
         ['ov_norm', 'ov_spectral_norm']
@@ -478,6 +485,13 @@ def random_edge(factors: HeadFactors, seed: int = 0) -> Float[Tensor, "layer hea
     Mean plus three standard deviations over draws of Gaussian factors; the variance of either
     factor is that of its own entries. Not the Marchenko-Pastur edge, which holds for one factor
     and not for a product.
+
+    Args:
+        factors: OV or QK circuits of all heads.
+        seed: seed for the random factors.
+
+    Returns:
+        Singular values ``[layer head]``.
 
     Example:
         >>> edge = hs.circuits.random_edge(hs.circuits.ov(model))

@@ -55,6 +55,10 @@ def duplicate_program(tokens: int = 5, length: int = 8) -> Program:
 def induction_program(tokens: int = 8, length: int = 16) -> Program:
     """Output what followed earlier occurrences of the token (Elhage et al. 2021).
 
+    Args:
+        tokens: number of token ids, including the BOS.
+        length: length of the longest text, in tokens.
+
     Example:
         >>> [head.role for head in hs.compiled.induction_program().heads]
         ['previous_token', 'induction']
@@ -83,6 +87,10 @@ def recall_program(pairs: int = 3, length: int = 10) -> Program:
 @checked
 def pointer_program(tokens: int = 6, length: int = 8) -> Program:
     """Induction by a pointer: find the earlier occurrence, take its position, read the next.
+
+    Args:
+        tokens: number of token ids, including the BOS.
+        length: length of the longest text, in tokens.
 
     Example:
         >>> [head.role for head in hs.compiled.pointer_program().heads]
@@ -271,6 +279,10 @@ def ioi_program(names: int = 4, length: int = 8) -> Program:
 
     A duplicate-token head marks the repeated name, an inhibition head moves it to all later
     positions, and a name mover attends to the other names.
+
+    Args:
+        names: number of names.
+        length: length of the longest text, in tokens.
 
     Example:
         >>> hs.compiled.ioi_program(names=3).tokens

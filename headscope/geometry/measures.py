@@ -35,6 +35,9 @@ def matrix_entropy(x: Cloud, alpha: float = 1.0, *, normalise: bool = False) -> 
     Returns:
         A number per cloud, 0 to ``ln(min(points - 1, d_model))``; NaN if all points are equal.
 
+    Raises:
+        InputError: if alpha is not positive, or there are fewer than two points.
+
     Source:
         Skean et al. 2025, "Layer by Layer", definition 1; Giraldo et al. 2014. Their code clamps
         negative entries of the Gram matrix to 0, which changes the spectrum; this does not.
@@ -104,6 +107,9 @@ def token_angle(x: Cloud, apart: int = 1) -> Tensor:
 
     Returns:
         A number per cloud in radians, 0 to pi. Not invariant to shifting the cloud.
+
+    Raises:
+        InputError: if ``apart`` is below 1, or there are too few points.
 
     Source:
         The code of Skean et al. 2025, "Layer by Layer", where it is called curvature.
@@ -259,6 +265,9 @@ def gride(x: Float[Tensor, "point d_model"], scale: int = 2) -> float:
 
     Returns:
         The dimension, above 0; NaN if points coincide.
+
+    Raises:
+        InputError: if ``scale`` is below 1, or there are too few points.
 
     Source:
         Denti et al. 2022, "The generalized ratios intrinsic dimension estimator".
@@ -465,6 +474,9 @@ def lidar(views: Float[Tensor, "text view d_model"], delta: float = 1e-4) -> flo
 
     Returns:
         An effective number of dimensions, 1 to ``min(texts - 1, d_model)``.
+
+    Raises:
+        InputError: if there are fewer than 3 texts or 2 views.
 
     Source:
         Thilak et al. 2023, "LiDAR: Sensing Linear Probing Performance in Joint Embedding SSL

@@ -99,6 +99,13 @@ def below(scores: HeadScores, least: float = 0.0) -> Criterion:
 def one_sided(scores: HeadScores, sign: int) -> HeadValues:
     """Turn a score's p-values into one-sided ones, for a mean above (1) or below (-1) its null.
 
+    Args:
+        scores: scores with a null.
+        sign: 1 to test above the null, -1 to test below it.
+
+    Returns:
+        P-values ``[layer head]``.
+
     Example:
         >>> p = hs.kinds.one_sided(table["induction"], 1)
         >>> bool((p == table["induction"].p_value)[np.isfinite(p)].all())
@@ -1310,6 +1317,12 @@ def separations(
 @checked
 def lead_in_layer(value: Float[np.ndarray, "layer head"]) -> Criterion:
     """Criterion: at least 0.1 above the median of the layer's other heads; an only head passes.
+
+    Args:
+        value: AUC of every head, ``[layer head]``.
+
+    Returns:
+        The criterion, a threshold without a p-value.
 
     Example:
         >>> found = hs.kinds.lead_in_layer(np.array([[0.9, 0.9, 0.9], [0.5, 0.9, 0.6]]))

@@ -41,6 +41,12 @@ _TENSORS = {
 def load(folder: "str | PathLike[str]") -> ResidualLens | AttentionLens:
     """Load a saved lens of any kind.
 
+    Args:
+        folder: folder written by ``lens.save``.
+
+    Returns:
+        The lens.
+
     Raises:
         InputError: if there is none, or its parts do not match.
 

@@ -110,6 +110,21 @@ def logit_lenses(
 ) -> dict[str, LensGrid]:
     """Read several sites in one forward pass; arguments as for :func:`logit_lens`.
 
+    Args:
+        model: model to run.
+        prompt: text or token ids.
+        sites: sites to read: ``residual``, ``attention`` or ``mlp``.
+        target: token whose rank and probability are followed; see :func:`logit_lens`.
+        positions: positions to read. Default: all.
+        k: number of top tokens per cell.
+        lens: learned lens, only for the site ``residual``.
+
+    Returns:
+        A grid per site.
+
+    Raises:
+        InputError: if a site is unknown, k is below 1, a lens does not fit, or positions is empty.
+
     Example:
         >>> grids = hs.lens.logit_lenses(model, [5, 9, 5, 9], ["attention", "mlp"])
         >>> [(site, grid.rows[0], grid.kl.shape[1]) for site, grid in grids.items()]

@@ -56,6 +56,12 @@ def attention_pattern(
         title: e.g. ``"gpt2 L5H1"``.
         theme: ``light`` or ``dark``.
 
+    Returns:
+        A plotly figure.
+
+    Raises:
+        InputError: if the number of tokens does not fit the pattern.
+
     Example:
         >>> layer = hs.capture.collect(model, probe, layers=[2], heads=[1])[2]
         >>> type(hs.plots.attention_pattern(layer.pattern[0, 0].numpy())).__name__
@@ -237,6 +243,12 @@ def route_graph(routes: Routes, *, most: int = 300, theme: Theme = "light") -> g
         routes: from :func:`headscope.flow.routes`.
         most: number of edges to draw, by flow.
         theme: ``light`` or ``dark``.
+
+    Returns:
+        A plotly figure.
+
+    Raises:
+        InputError: if ``most`` is below 1.
 
     Example:
         >>> routes = hs.flow.routes(model, "The cat sat on the")
@@ -504,6 +516,12 @@ def waterfall(split: Attribution, k: int = 14, *, theme: Theme = "light") -> go.
         split: attribution of a logit.
         k: number of parts with their own bar.
         theme: ``light`` or ``dark``.
+
+    Returns:
+        A plotly figure.
+
+    Raises:
+        InputError: if k is below 1.
 
     Example:
         >>> split = hs.lens.attribute(model, "The cat sat on the")

@@ -136,6 +136,12 @@ def scatter(a: HeadScores, b: HeadScores, *, named: int = 3, theme: Theme = "lig
         named: number of best heads of each score to label.
         theme: ``light`` or ``dark``.
 
+    Returns:
+        A plotly figure.
+
+    Raises:
+        InputError: if the scores belong to different models.
+
     Example:
         >>> figure = hs.plots.scatter(table["previous_token"], table["induction"])
         >>> len(figure.data[0].x) == model.shape.n_layers * model.shape.n_heads
@@ -322,6 +328,12 @@ def heatmap(
             of one or two axes (:func:`headscope.patch_activations`) keep their own labels.
         limits: values of the first and last colour.
         theme: ``light`` or ``dark``.
+
+    Returns:
+        A plotly figure.
+
+    Raises:
+        InputError: if given anything but scores, a table or a grid of effects.
 
     Example:
         >>> figure = hs.plots.heatmap(table["induction"])

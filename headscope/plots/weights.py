@@ -54,6 +54,12 @@ def composition_graph(
         nodes: score that colours the heads.
         theme: ``light`` or ``dark``.
 
+    Returns:
+        A plotly figure.
+
+    Raises:
+        InputError: if there are no scores, or they belong to different models.
+
     Example:
         >>> figure = hs.plots.composition_graph(hs.circuits.composition(model, "K"))
         >>> type(figure).__name__

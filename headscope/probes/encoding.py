@@ -72,6 +72,12 @@ def uses_bos(model: HasVocabulary) -> bool:
     prepend it, so this is False for them; transformer-lens prepends it anyway, which ``bos=True``
     reproduces.
 
+    Args:
+        model: model with or without a tokenizer.
+
+    Returns:
+        True if the tokenizer prepends a BOS.
+
     Example:
         >>> hs.probes.uses_bos(model)
         True

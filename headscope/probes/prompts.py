@@ -159,6 +159,14 @@ def from_jsonl(model: HasVocabulary, path: str | Path, *, bos: bool | None = Non
     With answers, and a model that can be run, ``settings["accuracy"]`` says how often the model
     prefers the answers, see :func:`headscope.probes.pairs`.
 
+    Args:
+        model: model whose tokenizer encodes the texts.
+        path: path of the file.
+        bos: prepend a BOS. Default: if the model's tokenizer does.
+
+    Returns:
+        A probe with one example per line.
+
     Raises:
         InputError: with one sentence for every bad line and its number.
 

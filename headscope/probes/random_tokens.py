@@ -132,6 +132,16 @@ def random_tokens(
 
     With a BOS if the model uses one. The same form as the control of :func:`repeated_tokens`.
 
+    Args:
+        model: model whose vocabulary is used.
+        length: number of random tokens per example.
+        batch: number of examples.
+        seed: seed for the tokens.
+        bos: prepend a BOS. Default: if the model's tokenizer does.
+
+    Returns:
+        A probe ``[batch pos]`` with next-token targets.
+
     Example:
         >>> hs.probes.random_tokens(model, length=8, batch=3).length
         9

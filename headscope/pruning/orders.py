@@ -105,6 +105,12 @@ def gradient_importance(
         batch_size: examples per pass; affects only time and memory.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
+    Returns:
+        A score per head, with values per example.
+
+    Raises:
+        InputError: if ``over`` is unknown, all heads are removed, or probe and metric do not fit.
+
     Example:
         >>> import headscope as hs
         >>> model = hs.load()
@@ -250,6 +256,12 @@ def weight_norm(model: HeadModel) -> HeadScores:
     under grouped-query attention with the key/value head that the head reads. No norm or residual
     multiplier is folded in. Computed from the Gram matrices of the two factors.
 
+    Args:
+        model: model to analyse.
+
+    Returns:
+        A score per head, of at least 0.
+
     Raises:
         UnsupportedModelError: if the weights cannot be split by heads.
 
@@ -282,6 +294,14 @@ def output_norm(model: HeadModel, probe: Probe, *, batch_size: int | None = None
     """Importance by activation: mean norm of the head's output, ``E |z W_O|``, over a probe.
 
     The same as the scorer ``head_output_norm`` of :func:`headscope.score`.
+
+    Args:
+        model: model to run.
+        probe: examples to run.
+        batch_size: examples per pass; affects only time and memory.
+
+    Returns:
+        A score per head, of at least 0, with values per example.
 
     Example:
         >>> bool((hs.pruning.output_norm(model, probe).mean > 0).all())
@@ -398,6 +418,13 @@ def one_shot(scores: HeadScores, *, keep: int = 0) -> HeadOrder:
 def random_order(model: HeadModel, seed: int) -> HeadOrder:
     """Random order of all heads: the control for every other order.
 
+    Args:
+        model: model whose heads are ordered.
+        seed: seed for the order.
+
+    Returns:
+        All heads in random order.
+
     Example:
         >>> sorted(hs.pruning.random_order(model, seed=0)) == list(model.shape.heads)
         True
@@ -430,6 +457,12 @@ def iterative(
         keep: number of best heads of each layer by the first scoring that are never removed.
         importance: scores the remaining heads.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
+
+    Returns:
+        Heads in the order in which they are removed.
+
+    Raises:
+        InputError: if ``step`` is not a share, or too few heads have an importance.
 
     Example:
         >>> len(hs.pruning.iterative(model, probe, step=0.25, count=4))

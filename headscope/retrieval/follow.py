@@ -166,6 +166,13 @@ def word_recall(reference: str, response: str) -> float:
     stems words; here they must match. Digits in groups of three (``48,213``) are one number. 0 for
     an empty reference.
 
+    Args:
+        reference: text whose words are looked for.
+        response: text that they are looked for in.
+
+    Returns:
+        Recall, from 0 to 1.
+
     Example:
         >>> word_recall("eat a sandwich", "You should eat the sandwich.")
         0.6666666666666666

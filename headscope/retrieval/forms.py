@@ -426,6 +426,14 @@ def agreement(a: HeadScores, b: HeadScores, k: int = 10) -> Agreement:
 
     Heads that neither form saw copying are tied; among ties the lowest heads are taken in both.
 
+    Args:
+        a: first score.
+        b: second score, of the same heads.
+        k: number of top heads whose overlap is computed.
+
+    Returns:
+        Rank correlation, overlap of the top k heads, and the largest difference.
+
     Raises:
         InputError: if the scores belong to different heads.
 

@@ -159,6 +159,12 @@ DEFAULT: tuple[str, ...] = (
 def resolve(scorers: Iterable[str | Scorer | Relation] | Scorer) -> tuple[Scorer, ...]:
     """Turn names and scorers into scorers, in the order given.
 
+    Args:
+        scorers: names, scorers and relations.
+
+    Returns:
+        Scorers in the same order.
+
     Raises:
         InputError: for an unknown name, with the nearest one, or two scorers of one name.
 

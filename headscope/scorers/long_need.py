@@ -39,6 +39,14 @@ def streaming_gap(sink: int = 64, recent: int = 256, *, name: str | None = None)
     Weakness: it takes one head at a time and only its own output; the gate is learned for all heads
     together and judged by the last hidden state.
 
+    Args:
+        sink: number of first tokens in the cache.
+        recent: number of last tokens in the cache.
+        name: name of the scorer. Default: with both numbers.
+
+    Returns:
+        The scorer.
+
     Raises:
         InputError: if a width is invalid.
 
@@ -135,6 +143,18 @@ def long_need(
     Weakness: each query counts as yes or no; a head just above the threshold looks like a local
     one.
 
+    Args:
+        sink: number of first tokens that count as local.
+        recent: number of last tokens that count as local.
+        threshold: share of the attention that local tokens must get.
+        name: name of the scorer. Default: with both numbers.
+
+    Returns:
+        The scorer.
+
+    Raises:
+        InputError: if a width or the threshold is invalid.
+
     Example:
         >>> type(long_need(sink=1, recent=2)).__name__
         'Scorer'
@@ -189,6 +209,12 @@ def long_need_predicted(
         name: name of the scorer.
 
     Weakness: heavy-tailed scores inflate the variance, so that local heads are called long-range.
+
+    Returns:
+        The scorer.
+
+    Raises:
+        InputError: if a width, the threshold or ``moments`` is invalid.
 
     Example:
         >>> type(long_need_predicted(sink=1, recent=2)).__name__

@@ -306,6 +306,18 @@ def between(
     of the IOI circuit require a quarter, about half of what the source's name movers and
     S-inhibition heads give on average.
 
+    Args:
+        query: name of the mark on query positions.
+        key: name of the mark on key positions.
+        name: name of the scorer. Default: ``{query}_to_{key}``.
+        probe: default probe.
+        source: paper or origin of the scorer.
+        threshold: smallest score of a head with this role; None: no role.
+        needs: model capabilities that the scorer needs.
+
+    Returns:
+        The scorer.
+
     Example:
         >>> between("end", "io").name
         'end_to_io'

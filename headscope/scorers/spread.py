@@ -29,6 +29,14 @@ def window_mass(
     Weakness: previous- and current-token heads score 1 too; the role excludes those. If the first
     token is a sink, read the ``_no_sink`` form.
 
+    Args:
+        width: number of tokens, including the query's own.
+        name: name of the scorer. Default: with the width.
+        threshold: smallest score of a head with this role; None: no role.
+
+    Returns:
+        The scorer.
+
     Raises:
         InputError: if the width is not at least 1.
 

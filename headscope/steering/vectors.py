@@ -294,6 +294,12 @@ def injection(
         positions: see :func:`inject`.
         scope: see :func:`inject`.
 
+    Returns:
+        The edits, for ``model.run``.
+
+    Raises:
+        InputError: see :func:`inject`.
+
     Example:
         >>> edits = hs.steering.injection(model, hs.steering.head_means(model, probe), "L0H1")
         >>> model.forward(probe.tokens, edits=edits).shape[0] == len(probe)

@@ -259,6 +259,12 @@ RUNTIME_KEYS = frozenset({"batch_size", "memory", "device"})
 def read_config(path: str | Path) -> SweepConfig:
     """Read a sweep config from YAML.
 
+    Args:
+        path: path of the YAML file.
+
+    Returns:
+        The validated config.
+
     Raises:
         InputError: with the first error, and the closest valid word.
 

@@ -38,6 +38,12 @@ _STUDY = ("model", "probe", "edit", "seed", "metric")
 def read(folder: str | Path) -> "Results":
     """Load what a sweep has computed so far.
 
+    Args:
+        folder: folder of the sweep.
+
+    Returns:
+        Results of all finished chunks.
+
     Raises:
         InputError: if the folder holds no sweep.
 

@@ -446,6 +446,12 @@ class Status:
 def status(folder: str | Path) -> Status:
     """Read the progress of a sweep.
 
+    Args:
+        folder: folder of the sweep.
+
+    Returns:
+        Finished, failed and pending chunks, and an estimate of the time left.
+
     Raises:
         InputError: if the folder holds no sweep.
 

@@ -549,7 +549,7 @@ def _ov(subject: _Subject) -> None:
 def _after_norm(
     subject: _Subject, layer: int, write: Float[Tensor, "pos d_model"]
 ) -> Float[Tensor, "pos d_model"]:
-    """Directions of writes after the norm that follows attention, whose scale is not in the weights.
+    """Directions of writes after the norm that follows attention, up to the norm's scale.
 
     Raises:
         UnsupportedModelError: if no module reads exactly the output projection's output.

@@ -174,7 +174,7 @@ def test_linearity() -> None:
     left = b - a @ torch.linalg.lstsq(a, b).solution
     slow = 1 - float(left.square().sum() / b.square().sum())
     assert gm.linearity(x, noise, adjusted=False) == pytest.approx(slow, abs=1e-9)
-    with pytest.raises(InputError, match="give 80 points or more"):
+    with pytest.raises(InputError, match="give at least 80 points"):
         gm.linearity(x[:50], noise[:50])
 
 

@@ -230,7 +230,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPa
         hs.similarity.heads(model, probe, "cca")
     with pytest.raises(InputError, match="give probes with the same words"):
         hs.similarity.heads(model, probe, other=bert(), other_probe=texts(5, 8))
-    with pytest.raises(InputError, match="at 9 positions are linear maps of each other"):
+    with pytest.raises(InputError, match="at 9 positions are always linear maps of each other"):
         hs.similarity.heads(model, texts(), "pwcca", positions=9)
     monkeypatch.setattr("headscope.similarity._MOST", 1000)
     with pytest.raises(InputError, match="fewer positions"):

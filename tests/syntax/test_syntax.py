@@ -96,7 +96,7 @@ def test_conllu_by_hand(tmp_path: Path) -> None:
         ("1\tA\t_\t_\t_\t_\t0\troot\t_", "line 1 of bad.conllu has 9 columns"),
         ("1\tA\t_\t_\t_\t_\tx\troot\t_\t_", "the head 'x'"),
         ("1\tA\t_\t_\t_\t_\t3\tnsubj\t_\t_", "has the head 3, and there are words 1 to 1"),
-        ("2\tA\t_\t_\t_\t_\t0\troot\t_\t_", "word 1 comes next"),
+        ("2\tA\t_\t_\t_\t_\t0\troot\t_\t_", "word 1 was expected"),
         ("# nothing", "holds no sentence"),
     ],
 )
