@@ -318,10 +318,10 @@ def _spectrum(circuit: str) -> tuple[Scorer, ...]:
     share = "(1 + tr(W W) / |W|^2) / 2"
     roy, rudelson = "Roy and Vetterli 2007", "Rudelson and Vershynin 2007"
     spread, energy = "(sum S^2)^2 / sum S^4", "share of energy"
-    symmetry = "symmetric matrix (0: antisymmetric)"
+    symmetry = "Share of energy in the symmetric part."
     product = "product of Gaussian factors, mean + 3 sd of the largest"
-    random = "directions above those of random factors of its shape and variance"
-    alone = "directions of the {} factor alone above the edge of a random one"
+    random = "Directions above those of random factors with the same shape and variance."
+    alone = "Directions of the {} factor above the edge of a random matrix."
     effective, stable, many, top = (
         of_values(measure)
         for measure in (
@@ -334,19 +334,47 @@ def _spectrum(circuit: str) -> tuple[Scorer, ...]:
     return tuple(
         made(*one)
         for one in (
-            ("norm", lambda w: w.sized(circuit).norm(), "", size, "large matrix", "Frobenius norm"),
-            ("spectral_norm", largest, "", size, "large top direction", "spectral norm"),
-            ("effective_rank", effective, "directions", None, "many directions alike", roy),
+            (
+                "norm",
+                lambda w: w.sized(circuit).norm(),
+                "",
+                size,
+                "Size of the matrix.",
+                "Frobenius norm",
+            ),
+            ("spectral_norm", largest, "", size, "Size of the top direction.", "spectral norm"),
+            (
+                "effective_rank",
+                effective,
+                "directions",
+                None,
+                "Number of directions, by entropy.",
+                roy,
+            ),
             (
                 "stable_rank",
                 stable,
                 "directions",
                 None,
-                "energy outside the largest direction",
+                "Number of directions, by energy relative to the top direction.",
                 rudelson,
             ),
-            ("participation_ratio", many, "directions", None, "energy spread out", spread),
-            ("top_share", top, energy, _UNIT, "one direction carries it", "S[0]^2 / sum S^2"),
+            (
+                "participation_ratio",
+                many,
+                "directions",
+                None,
+                "Number of directions, by spread of energy.",
+                spread,
+            ),
+            (
+                "top_share",
+                top,
+                energy,
+                _UNIT,
+                "Share of energy in the top direction.",
+                "S[0]^2 / sum S^2",
+            ),
             (
                 "symmetric_share",
                 lambda w: symmetric_share(w.circuit(circuit)),
@@ -366,8 +394,8 @@ def _of_words(circuit: str, kind: Embedding, k: int) -> tuple[Scorer, ...]:
     """Scorers of a circuit's map of the vocabulary, by kind of embedding."""
     name = "copying" if circuit == "ov" else "matching"
     eigenvalues = copying_eigenvalues if circuit == "ov" else matching_eigenvalues
-    raised = "attended tokens are among the {} that are raised most"
-    best = "a token's own key is among its {} best"
+    raised = "Share of attended tokens among the {} with the largest logit increase."
+    best = "Share of tokens whose own key is among the {} best for their query."
     shares, source = (
         (raised, "Wang et al. 2022, without positions")
         if circuit == "ov"
@@ -389,9 +417,9 @@ def _of_words(circuit: str, kind: Embedding, k: int) -> tuple[Scorer, ...]:
         unit="ratio",
         bounds=(-1.0, 1.0),
         description=(
-            "attended tokens raise their own logit (-1: lower it)"
+            "How much attended tokens raise (1) or lower (-1) their own logit."
             if circuit == "ov"
-            else "queries look for keys of their own token (-1: avoid them)"
+            else "How much queries match (1) or avoid (-1) keys of their own token."
         ),
         source="Elhage et al. 2021",
         needs=(f"{circuit}_circuit", "embedding", "unembedding"),
@@ -412,16 +440,16 @@ def _aligned(
     )(function)
 
 
-_READ = "{} read from where token embeddings vary"
+_READ = "Share of embedding variance in the subspace that {} read."
 _OV_ALIGNMENT = (
     _aligned(
         "ov_read_alignment",
-        _READ.format("values are"),
+        _READ.format("values"),
         lambda weights: read_alignment(weights.ov, weights.words["raw"]),
     ),
     _aligned(
         "ov_write_alignment",
-        "the head writes where logits are read",
+        "Share of unembedding variance in the subspace that the head writes.",
         lambda weights: write_alignment(weights.ov, weights.words["raw"]),
         "unembedding",
     ),
@@ -429,12 +457,12 @@ _OV_ALIGNMENT = (
 _QK_ALIGNMENT = (
     _aligned(
         "qk_query_alignment",
-        _READ.format("query vectors are"),
+        _READ.format("queries"),
         lambda weights: read_alignment(weights.qk, weights.words["raw"]),
     ),
     _aligned(
         "qk_key_alignment",
-        _READ.format("key vectors are"),
+        _READ.format("keys"),
         lambda weights: read_alignment(weights.qk.transposed(), weights.words["raw"]),
     ),
 )

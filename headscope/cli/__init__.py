@@ -27,7 +27,7 @@ def main() -> None:
         silence()
         code = 0
         if not error.closed:
-            code = _fail(f"cannot print the result: {error}; what --out asked for is saved.")
+            code = _fail(f"cannot print the result: {error}; the files of --out are saved.")
     except HeadscopeError as error:
         code = _fail(str(error))
     except KeyboardInterrupt:

@@ -55,21 +55,21 @@ def scan(
     scorers: Scorers = None,
     probe: Annotated[Path | None, path_option("YAML file with a probe.")] = None,
     source: Annotated[
-        Path | None, path_option("For an encoder-decoder: text file, a source on each line.")
+        Path | None, path_option("For an encoder-decoder: text file with one source per line.")
     ] = None,
     target: Annotated[
-        Path | None, path_option("Their targets, line by line (default: generated).")
+        Path | None, path_option("Their targets, one per line (default: generated).")
     ] = None,
     images: Annotated[
         Path | None,
-        path_option("For a vision model: folder of pictures, or of a folder for each class."),
+        path_option("For a vision model: folder of images, or with one folder per class."),
     ] = None,
     memory: Memory = None,
     max_tokens_per_chunk: Annotated[
         int | None, typer.Option(min=1, help="Query rows held in memory at once.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per pass.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the default probes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for the default probes.")] = 0,
     examples: Annotated[
         bool, typer.Option("--examples", help="Store the values per example.")
     ] = False,
@@ -125,9 +125,11 @@ def circuits(
     out: Annotated[
         Path | None, path_option("Folder for the table, pairs, pictures and page.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Source tokens for the copying shares.")] = 256,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Number of source tokens for the copying shares.")
+    ] = 256,
     paths: Annotated[int, typer.Option(min=1, help="Number of chains of each kind.")] = 10,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of tokens and random bands.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for tokens and random bands.")] = 0,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -154,10 +156,11 @@ def head(
     ],
     out: Annotated[Path | None, path_option("Folder for the page, HEAD.html.")] = None,
     text: Annotated[
-        str | None, typer.Option(help="Example for the attention pattern (default: random tokens).")
+        str | None,
+        typer.Option(help="Text for the example attention pattern (default: random tokens)."),
     ] = None,
     weights_only: Annotated[
-        bool, typer.Option("--weights-only", help="Use weights alone and run no probe.")
+        bool, typer.Option("--weights-only", help="Use only the weights, without running a probe.")
     ] = False,
     ranks: Annotated[
         bool | None,
@@ -166,11 +169,11 @@ def head(
             help="Rank by weight scores among all heads (default: if that is fast).",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of probes and random bands.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for probes and random bands.")] = 0,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Show all that is known of one HEAD: scores, weights, partners, example, ablation."""
+    """Show everything about one HEAD: scores, weights, partners, example, ablation."""
     from headscope.cli.scan import run_head, split
 
     model, address = split(names)
@@ -201,7 +204,7 @@ def lens(
     position: Annotated[
         int, typer.Option(help="Position whose next token is explained; -1 is the last.")
     ] = -1,
-    top: Annotated[int, typer.Option(min=1, help="Number of tokens to show per reading.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="Number of top tokens to show per layer.")] = 5,
     learned: Annotated[
         Path | None, path_option("Folder of a tuned lens or of linear shortcuts.", "--lens")
     ] = None,
@@ -209,7 +212,7 @@ def lens(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Read every layer of MODEL as tokens, and decompose the next token's logit exactly."""
+    """Decode every layer of MODEL into tokens, and decompose the next token's logit exactly."""
     from headscope.cli.prompt import run_lens, split
 
     model, prompt = split(names)
@@ -236,9 +239,11 @@ def flow(
     ],
     position: Annotated[int, typer.Option(help="Position to trace; -1 is the last token.")] = -1,
     part_threshold: Annotated[
-        float, typer.Option(help="Drop single parts below this share.")
+        float, typer.Option(help="Drop single parts with a smaller share.")
     ] = 0.01,
-    edge_threshold: Annotated[float, typer.Option(help="Draw edges from this share on.")] = 0.04,
+    edge_threshold: Annotated[
+        float, typer.Option(help="Draw edges with at least this share.")
+    ] = 0.04,
     memory: Memory = None,
     out: Annotated[Path | None, path_option("Folder for numbers, pictures, page.")] = None,
     overwrite: Overwrite = False,
@@ -269,11 +274,11 @@ def edges(
     probe: Annotated[
         str,
         typer.Option(
-            help="Task of pairs (ioi, greater_than, agreement, ...), or a JSONL file of pairs."
+            help="Task with pairs (ioi, greater_than, agreement, ...), or a JSONL file of pairs."
         ),
     ] = "ioi",
     method: Annotated[
-        str, typer.Option(help="eap, eap_ig, exact, ...: how edges are scored.")
+        str, typer.Option(help="Method to score edges: eap, eap_ig, exact, ...")
     ] = "eap_ig",
     metric: Annotated[
         str, typer.Option(help="logit_difference, answer_log_prob, loss, kl_divergence, ...")
@@ -282,12 +287,16 @@ def edges(
         str | None,
         typer.Option(help="What a removed edge carries: patch, mean or zero (default: patch)."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of integrated gradients.")] = 5,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Number of gradients for integrated methods.")
+    ] = 5,
     count: Annotated[
-        int | None, typer.Option(help="Edges of the circuit (default: one in fifty).")
+        int | None, typer.Option(help="Number of edges in the circuit (default: one in fifty).")
     ] = None,
-    examples: Annotated[int, typer.Option(min=1, help="Pairs of the task.")] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the pairs and of all draws.")] = 0,
+    examples: Annotated[
+        int, typer.Option(min=1, help="Number of pairs to draw from the task.")
+    ] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for the pairs and all random draws.")] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per pass.")] = None,
     out: Annotated[
         Path | None, path_option("Folder for numbers, pictures, page, and finished batches.")
@@ -297,7 +306,7 @@ def edges(
 ) -> None:
     """Score the edges between heads of MODEL, and find and check a circuit; resumable with --out.
 
-    Stability over prompts takes 100 examples or more.
+    Judging stability over prompts needs at least 100 examples.
     """
     from headscope.cli import edges as command
 
@@ -342,13 +351,15 @@ def sweep(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Ray workers (default: one per GPU or two cores).")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would run, without running it.")
+    ] = False,
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON schema of the config, for editors.")
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Run the ablations of CONFIG, or what is left of them; safe to interrupt and kill."""
+    """Run the ablations in CONFIG, or resume them; safe to interrupt or kill."""
     from headscope.cli.runs import run_sweep_config
 
     run_sweep_config(
@@ -368,7 +379,7 @@ def status(
     run: Annotated[Path, typer.Argument(help="Folder of a sweep.")],
     json: Json = False,
 ) -> None:
-    """Report a sweep's progress, failures and their reasons; also while it runs."""
+    """Report a sweep's progress and its failures with their reasons; works while it runs."""
     from headscope.cli.runs import print_status
 
     print_status(run, as_json=json)
@@ -380,7 +391,7 @@ def export(
     to: Annotated[str, typer.Option(help="csv, sqlite or duckdb.")] = "csv",
     out: Annotated[Path | None, path_option("File (default: in the folder).")] = None,
 ) -> None:
-    """Write the results of a sweep for other programs."""
+    """Export the results of a sweep to CSV, SQLite or DuckDB."""
     from headscope.cli.runs import write_export
 
     write_export(run, to=to, out=out)
@@ -395,7 +406,7 @@ def report(
     title: Annotated[str | None, typer.Option(help="Title (default: the models).")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Join runs of one or several models into one self-contained HTML report."""
+    """Combine runs of one or several models into one self-contained HTML report."""
     from headscope.cli.runs import run_report
 
     run_report(runs, out=out, overwrite=overwrite, title=title)
@@ -410,13 +421,16 @@ def patch(
         str, typer.Option(help="resid_pre, attn_out, mlp_out or resid_post.")
     ] = "resid_pre",
     task: Annotated[
-        str, typer.Option(help="ioi, greater_than, agreement, docstring, ...: pairs of prompts.")
+        str,
+        typer.Option(help="Task with paired prompts: ioi, greater_than, agreement, docstring, ..."),
     ] = "ioi",
     pairs: Annotated[
         Path | None, path_option("JSONL file of pairs: clean, corrupt, answer, foil.")
     ] = None,
-    examples: Annotated[int, typer.Option(min=1, help="Pairs of the task.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="Of the pairs.")] = 0,
+    examples: Annotated[
+        int, typer.Option(min=1, help="Number of pairs to draw from the task.")
+    ] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for the pairs.")] = 0,
     direction: Annotated[
         str, typer.Option(help="noise: corrupt values into the clean run; denoise: the reverse.")
     ] = "denoise",
@@ -450,9 +464,9 @@ def kinds(
         str | None, typer.Option(help="Names of kinds, separated by commas (default: all).")
     ] = None,
     confirm: Annotated[
-        bool, typer.Option("--confirm/--no-confirm", help="Also ablate the heads that are found.")
+        bool, typer.Option("--confirm/--no-confirm", help="Also ablate the heads that were found.")
     ] = True,
-    seed: Annotated[int, typer.Option(min=0, help="Of all probes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for all probes.")] = 0,
     out: Annotated[Path | None, path_option("Folder for the findings.")] = None,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -484,9 +498,11 @@ def emergence(
         str | None, typer.Option(help="Revisions, earliest first (default: all bundled ones).")
     ] = None,
     scorers: Scorers = None,
-    texts: Annotated[Path | None, path_option("UTF-8 text for the loss, a paragraph each.")] = None,
+    texts: Annotated[
+        Path | None, path_option("UTF-8 text file for the loss, split at blank lines.")
+    ] = None,
     out: Annotated[Path | None, path_option("Folder for numbers, picture, page.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the probes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for the probes.")] = 0,
     dtype: Dtype = None,
     device: Device = None,
     overwrite: Overwrite = False,
@@ -516,8 +532,8 @@ def plan(
         ),
     ],
     study: Annotated[str, typer.Option(help="scan, ablation, lens or decode.")] = "scan",
-    examples: Annotated[int, typer.Option(min=1, help="How many examples.")] = 100,
-    length: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 512,
+    examples: Annotated[int, typer.Option(min=1, help="Number of examples.")] = 100,
+    length: Annotated[int, typer.Option(min=1, help="Tokens per example.")] = 512,
     queries: Annotated[
         int | None, typer.Option(min=1, help="Query positions of a scan (default: all).")
     ] = None,
@@ -550,17 +566,19 @@ def plan(
 @app.command(no_args_is_help=True)
 def compare(
     first: Annotated[str, typer.Argument(help="Model, MODEL@REVISION, or folder of a scan.")],
-    second: Annotated[str, typer.Argument(help="The same.")],
+    second: Annotated[
+        str, typer.Argument(help="Second model, MODEL@REVISION, or folder of a scan.")
+    ],
     by: Annotated[str, typer.Option(help="profile, weights or address.")] = "profile",
     scorers: Scorers = None,
     out: Annotated[Path | None, path_option("Folder for numbers and page.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the probes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for the probes.")] = 0,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Match the heads of two models or checkpoints, and compare their scores.
 
-    Pairs whose heads both stand out from the typical head of their model come first.
+    Pairs in which both heads differ most from their model's typical head come first.
     """
     from headscope.cli import compare as command
 
@@ -581,14 +599,14 @@ def similarity(
     by: Annotated[str, typer.Option(help="pattern, cka, pwcca, query, key or value.")] = "pattern",
     text: Annotated[Path | None, path_option("UTF-8 text (default: bundled passages).")] = None,
     positions: Annotated[
-        int | None, typer.Option(min=2, help="Positions that are sampled at most.")
+        int | None, typer.Option(min=2, help="Maximum number of sampled positions.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of sample and null.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for the sample and the null.")] = 0,
     out: Annotated[Path | None, path_option("Folder for numbers, pictures, page.")] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Tell which heads of MODEL, or of MODEL and OTHER, do alike on a text."""
+    """Find heads of MODEL, or of MODEL and OTHER, that behave alike on a text."""
     from headscope.cli.compare import run_similarity
 
     run_similarity(
@@ -610,17 +628,21 @@ def syntax(
     loading: Loading,
     treebank: Annotated[Path, path_option("Treebank in CoNLL-U.", "--treebank")],
     model: Model = None,
-    most: Annotated[int | None, typer.Option(min=2, help="Only so many sentences.")] = None,
-    least: Annotated[int, typer.Option(min=1, help="Words that a relation must have.")] = 20,
+    most: Annotated[
+        int | None, typer.Option(min=2, help="Use at most this many sentences.")
+    ] = None,
+    least: Annotated[int, typer.Option(min=1, help="Minimum number of words for a relation.")] = 20,
     epochs: Annotated[
-        int, typer.Option(min=0, help="Passes of the attention probe's training; 0: no probe.")
+        int, typer.Option(min=0, help="Training epochs of the attention probe; 0: no probe.")
     ] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the halves and the probe.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed for the split into halves and the probe.")
+    ] = 0,
     out: Annotated[Path | None, path_option("Folder for numbers, pictures, page.")] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Find the heads of MODEL that find a word's head in a treebank, relation by relation."""
+    """Find the heads of MODEL that predict syntactic heads in a treebank, by relation."""
     from headscope.cli.compare import run_syntax
 
     run_syntax(
@@ -647,7 +669,9 @@ def retrieval(
             help="Tokens: 1k..32k (doubling) or 128,512 (default: up to the model's context)."
         ),
     ] = None,
-    depths: Annotated[str, typer.Option(help="Number of depths, or shares: 0,0.5,1.")] = "10",
+    depths: Annotated[
+        str, typer.Option(help="Number of depths, or depths as shares: 0,0.5,1.")
+    ] = "10",
     needles: Annotated[
         str | None,
         typer.Option(
@@ -663,19 +687,21 @@ def retrieval(
         ),
     ] = None,
     distractors: Annotated[
-        int, typer.Option(min=0, help="Other needles of the same kind in every text.")
+        int, typer.Option(min=0, help="Number of other needles of the same kind in every text.")
     ] = 3,
     haystack: Annotated[
         Path | None, path_option("Text file or folder to hide the needles in (default: bundled).")
     ] = None,
-    per_cell: Annotated[int | None, typer.Option(min=1, help="Texts per length and depth.")] = None,
+    per_cell: Annotated[
+        int | None, typer.Option(min=1, help="Number of texts per length and depth.")
+    ] = None,
     extrapolate: Annotated[
         bool,
         typer.Option("--extrapolate", help="Also test beyond the trained length (rotary models)."),
     ] = False,
     masking: Annotated[Path | None, path_option("YAML file with tasks to mask heads in.")] = None,
     random: Annotated[
-        int, typer.Option(min=-1, help="Random orders of masked heads; -1: mask nothing.")
+        int, typer.Option(min=-1, help="Number of random head orders for masking; -1: no masking.")
     ] = 5,
     form: Annotated[
         str,
@@ -687,7 +713,7 @@ def retrieval(
     out: Annotated[
         Path | None, path_option("Folder for tables, pictures, page, and finished cells.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of needles and texts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for needles and texts.")] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per pass.")] = None,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -724,13 +750,15 @@ def influence(
     ] = None,
     heads: Annotated[
         str | None,
-        typer.Option(help="L5H1,L7H3 or a folder of `retrieval` (default: found by needles)."),
+        typer.Option(
+            help="L5H1,L7H3, or a folder of `headscope retrieval` (default: found with needles)."
+        ),
     ] = None,
     out: Annotated[Path | None, path_option("Folder (default: runs/influence-FILE).")] = None,
-    field: Annotated[str, typer.Option(help="Field of the text in each object.")] = "text",
+    field: Annotated[str, typer.Option(help="Name of the text field in each object.")] = "text",
     max_tokens: Annotated[
         int | None,
-        typer.Option(min=2, help="Tokens to read of each document (default: all that fit)."),
+        typer.Option(min=2, help="Maximum number of tokens per document (default: all that fit)."),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Documents per pass.")] = None,
     denominator: Annotated[
@@ -739,7 +767,7 @@ def influence(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Rank the documents of CORPUS by how much retrieval heads help to read them; resumable."""
+    """Rank the documents in CORPUS by how much retrieval heads help predict them; resumable."""
     from headscope.cli.retrieval import run_influence
 
     run_influence(
@@ -762,7 +790,7 @@ app.add_typer(studies, name="study")
 
 @studies.command("list")
 def list_studies(json: Json = False) -> None:
-    """List the built-in studies, with their subjects."""
+    """List the built-in studies with one-line descriptions."""
     from headscope.cli.study import print_list
 
     print_list(as_json=json)
@@ -770,7 +798,9 @@ def list_studies(json: Json = False) -> None:
 
 @studies.command("show", no_args_is_help=True)
 def show_study(
-    name: Annotated[str, typer.Argument(help="Study, or a Python file that defines STUDY.")],
+    name: Annotated[
+        str, typer.Argument(help="Name of a study, or a Python file that defines STUDY.")
+    ],
 ) -> None:
     """Show a study: its paper, its claims, and what is measured for each."""
     from headscope.cli.study import print_study
@@ -782,17 +812,19 @@ def show_study(
 @with_loading
 def run_study(
     loading: Loading,
-    name: Annotated[str, typer.Argument(help="Study, Python file that defines STUDY, or: all.")],
+    name: Annotated[
+        str, typer.Argument(help="Name of a study, a Python file that defines STUDY, or: all.")
+    ],
     model: Model = None,
     out: Annotated[
-        Path | None, path_option("Folder for results and page; studies of one model share it.")
+        Path | None, path_option("Folder for results and page; studies of one model can share it.")
     ] = None,
-    fast: Annotated[bool, typer.Option("--fast", help="Use few and short examples.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of all random draws.")] = 0,
+    fast: Annotated[bool, typer.Option("--fast", help="Use fewer and shorter examples.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for all random draws.")] = 0,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Test a study's claims on a model: number, control and verdict for each; resumable."""
+    """Test a study's claims on a model, with number, control and verdict for each; resumable."""
     from headscope.cli.study import run_study
 
     run_study(

@@ -1,7 +1,7 @@
-"""``headscope compare``, ``emergence``, ``similarity``, ``syntax``: heads beside heads or trees.
+"""``headscope compare``, ``emergence``, ``similarity`` and ``syntax``: comparisons of heads.
 
-Heads are matched between models; scores are taken at every checkpoint of a training run; heads are
-compared by what they do on a text, or with a treebank.
+Match heads between models, score every checkpoint of a training run, and compare heads by their
+behaviour on a text or with a treebank.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ def run(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Read or score both sides, match heads, write, print."""
+    """Read or score both sides and match heads, then write and print the results."""
     way = way_to_match(by)
     names = scorer_names(scorers)
     folder = run_folder(out, "compare", overwrite=overwrite)
@@ -150,7 +150,7 @@ def run_similarity(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Compare heads by what they do on a text, write, print."""
+    """Compare heads by their behaviour on a text, then write and print the results."""
     if by not in similarity.SPECS:
         raise InputError(nearest(by, similarity.SPECS, kind="measure of similarity"))
     folder = run_folder(out, "similarity", overwrite=overwrite)
@@ -180,7 +180,7 @@ def run_similarity(
 
 
 def _second(loading: Loading, name: str) -> HeadModel:
-    """Another model, loaded alike; ``NAME@REVISION`` names a checkpoint."""
+    """Load another model with the same options; ``NAME@REVISION`` names a checkpoint."""
     source, _, revision = (name, "", "") if Path(name).exists() else name.partition("@")
     return replace(loading.of(source), revision=revision or None).model()
 
@@ -192,7 +192,7 @@ def _write_page(
     title: str,
     settings: dict[str, Any],
 ) -> None:
-    """The result, its rows, and a page with its figures."""
+    """Write the result, its rows, and a page with its figures."""
     from headscope.plots import figures
     from headscope.report import sections_page
     from headscope.report.sections import with_pictures
@@ -203,7 +203,7 @@ def _write_page(
     page = sections_page(
         title,
         name,
-        "Which heads are alike, by headscope.",
+        "Similar heads, by headscope.",
         with_pictures(found.sections(), figures(found)),
         [(key, str(value)) for key, value in settings.items()],
         typed(),
@@ -224,7 +224,7 @@ def run_syntax(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Find heads of relations in a treebank, train the probe, write, print."""
+    """Find the heads that predict each relation and train the probe, then write and print."""
     from headscope.plots import figures
 
     sentences = syntax.read_conllu(treebank)
@@ -276,7 +276,7 @@ def run_emergence(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Score or read a sweep, write, print."""
+    """Score checkpoints or read a sweep, then write and print the results."""
     names, revisions = scorer_names(scorers), listed(checkpoints)
     passages = None if texts is None else _passages(texts)
     folder = run_folder(out, "emergence", overwrite=overwrite)

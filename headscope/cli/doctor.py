@@ -1,4 +1,4 @@
-"""``headscope doctor``: what is installed here, and what headscope can do with a model."""
+"""``headscope doctor``: installed packages, and what headscope can do with a model."""
 
 import json
 import os
@@ -48,7 +48,7 @@ _GIVES = {
 
 
 def run(loading: Loading, *, as_json: bool) -> None:
-    """Print the facts, then what prevents headscope from working, if anything does.
+    """Print the facts, then anything that prevents headscope from working.
 
     Raises:
         HeadscopeError: if headscope cannot work here, or not with this model.
@@ -341,7 +341,7 @@ def print_model(facts: dict[str, Any]) -> None:
     for check in proof["checks"] if proof else ():
         size = "not measured" if check["difference"] is None else f"{check['difference']:.1e}"
         state = "holds" if check["holds"] else "does not hold"
-        row("", f"{check['what']}: {state} (off by {size}, allowed {check['allowed']:.0e})")
+        row("", f"{check['what']}: {state} (error {size}, tolerance {check['allowed']:.0e})")
     for fact in proof["facts"] if proof else ():
         row("", fact)
     for kind, found in (("", facts["parts"]), ("probe ", facts["probes"])):

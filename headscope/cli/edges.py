@@ -62,7 +62,7 @@ class EdgeRequest:
         if self.metric not in _METRICS:
             raise InputError(nearest(self.metric, _METRICS, kind="metric"))
         if self.count is not None and self.count < 1:
-            raise InputError(f"--count {self.count}: a circuit has one edge or more.")
+            raise InputError(f"--count {self.count}: give 1 or more.")
 
     def settings(self) -> dict[str, Any]:
         """Settings as JSON values, for the run's facts; a file is given by its name."""
@@ -87,7 +87,7 @@ class FoundEdges:
 def run(
     loading: Loading, asked: EdgeRequest, *, out: Path | None, overwrite: bool, as_json: bool
 ) -> None:
-    """Load, score, search, write, print."""
+    """Load the model, score edges, find the circuit, then write and print the results."""
     asked.check()
     command = ModelCommand.begin("edges", loading, out, overwrite=overwrite, **asked.settings())
     model, folder = command.model, command.folder

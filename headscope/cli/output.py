@@ -45,7 +45,7 @@ def print_either(
 
 
 def print_written(place: Path, *files: str, page: bool = True) -> None:
-    """Report on stderr which files a command has written, and where."""
+    """Report the files that a command has written, on stderr."""
     named = (["index.html (open it in a browser)"] if page else []) + list(files)
     console(stderr=True).print(f"Written to {place}: {', '.join(named)}.", soft_wrap=True)
 

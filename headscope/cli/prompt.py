@@ -87,7 +87,7 @@ def run_lens(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Load, read, write, print."""
+    """Load the model, decode its layers, then write and print the results."""
     fitted = None if learned is None else lens.load(learned)
     if fitted is not None and not isinstance(fitted, ResidualLens):
         raise InputError(f"{learned} reads heads, not layers: use it from Python.")
@@ -158,7 +158,7 @@ def _shown_reading(found: LensReading) -> Iterator[Any]:
     layers = Table(
         "read after", "most likely next tokens", "KL", title=Text(f"{grid.name}: {where}")
     )
-    layers.add_column(Text(f"place of {visible(grid.target_texts[at])}"), justify="right")
+    layers.add_column(Text(f"rank of {visible(grid.target_texts[at])}"), justify="right")
     for row in reversed(range(len(grid.rows))):
         likely = [
             f"{visible(str(text))} {probability:.2f}"
@@ -171,7 +171,9 @@ def _shown_reading(found: LensReading) -> Iterator[Any]:
     parts = Table("part", "logits", title=Text(f"logit of {made.name}: {made.whole:.4g}"))
     for part in made.top(12):
         parts.add_row(part.name, Text(f"{part.value:+.3g}"))
-    heads = Table("head", "logits", "promotes", "suppresses", title="what the strongest heads say")
+    heads = Table(
+        "head", "logits", "promotes", "suppresses", title="what the strongest heads write"
+    )
     values = {part.name: part.value for part in made}
     for head in made.strongest(6):
         sides = (found.words.promoted(head), found.words.suppressed(head))
@@ -234,7 +236,11 @@ def run_flow(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Load, trace, write, print."""
+    """Load the model, trace the routes, then write and print them."""
+    folder = run_folder(out, "flow", overwrite=overwrite)
+    started = time.perf_counter()
+    model = loading.model()
+    loaded = time.perf_counter()
     asked: dict[str, Any] = {
         "prompt": prompt,
         "position": position,
@@ -311,8 +317,8 @@ def _shown_flow(routes: Routes) -> Iterator[Any]:
         )
     yield from (heads, tokens, moves)
     yield (
-        f"{routes.bias.sum():.1%} ended in biases of attention; {routes.mlp.sum(1).max():.1%} at "
-        "most passed through the MLPs of a layer."
+        f"{routes.bias.sum():.1%} ended in attention biases; {routes.mlp.sum(1).max():.1%} at most "
+        "passed through the MLPs of one layer."
     )
 
 
@@ -353,7 +359,7 @@ def run_patch(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Load, patch, write, print."""
+    """Load the model, patch, then write and print the effects."""
     if site not in STREAM_SITES:
         raise InputError(nearest(site, STREAM_SITES, kind="site of the residual stream"))
     if direction not in _DIRECTIONS:
@@ -390,8 +396,8 @@ def _probe(model: HeadModel, task: str, pairs: Path | None, examples: int, seed:
     probe = probes.from_jsonl(model, pairs)
     if probe.corrupt is None or probe.foils is None:
         raise InputError(
-            f"{pairs} has no pairs: give every line clean, corrupt, answer and foil, as "
-            "hs.probes.from_jsonl says."
+            f"{pairs} has no pairs: give clean, corrupt, answer and foil on every line (see "
+            "hs.probes.from_jsonl)."
         )
     return probe
 

@@ -72,14 +72,14 @@ def shown(found: Retrieval, masked: Mapping[str, OrderCurve]) -> Iterator[Any]:
         yield Text(found.hint())
     beyond = found.by_set.provenance.probe.get("extrapolated_from")
     if beyond is not None:
-        yield f"Trained on at most {beyond} tokens: longer texts use positions beyond."
+        yield f"Trained on at most {beyond} tokens: longer texts use untrained positions."
 
 
 def _heads(found: Retrieval) -> "Table":
     from rich.table import Table
 
     scores, steps, acts = found.by_set, found.by_step, found.activation
-    table = Table("head", title="retrieval heads, by the share of the needle that they copy")
+    table = Table("head", title="retrieval heads, by share of the needle copied")
     for name in ("share copied", "by steps", "active in", control_words(scores)):
         table.add_column(name, justify="right")
     for head, value in scores.top(_SHOWN):
@@ -187,7 +187,7 @@ class RetrievalRequest:
 def run(
     loading: Loading, asked: RetrievalRequest, *, out: Path | None, overwrite: bool, as_json: bool
 ) -> None:
-    """Load, scan, mask, write, print."""
+    """Load the model, find and mask retrieval heads, then write and print the results."""
     lengths = None if asked.lengths is None else parse_lengths(asked.lengths)
     depths = parse_depths(asked.depths)
     form = asked.checked_form()
@@ -357,7 +357,7 @@ def run_influence(
     denominator: str,
     as_json: bool,
 ) -> None:
-    """Load, find heads, score, write, print."""
+    """Load the model, find the heads, score documents, then write and print them."""
     if denominator not in _DENOMINATORS:
         raise InputError(nearest(denominator, _DENOMINATORS, kind="denominator"))
     given = Corpus(corpus, field)

@@ -92,7 +92,7 @@ def _print_plan(config: SweepConfig) -> None:
         f"  edges    {', '.join(edge.label for edge in config.edges) or 'none'}",
         f"  metrics  {', '.join(metric.label for metric in config.metrics)}",
         f"  sets     {', '.join(f'{one.name} ({one.arrange})' for one in config.sets)}",
-        f"  passes   {cost.examples} edited examples, the work of {cost.passes:.0f} whole passes",
+        f"  passes   {cost.examples} edited examples, equivalent to {cost.passes:.0f} full passes",
         f"  time     about {told} in one process here (timed: {cost.timed})",
         f"  hours    {cost.seconds / 3600:.2g} of one {cost.device}, loading excluded",
     ]
@@ -140,13 +140,13 @@ def print_status(folder: Path, *, as_json: bool) -> None:
 
 
 def write_export(folder: Path, *, to: str, out: Path | None) -> None:
-    """Write the file and say where it is."""
+    """Write the file and print its path."""
     file = export(folder, to, out)
     console(stderr=True).print(f"Written to {file}.", soft_wrap=True)
 
 
 def run_report(places: Sequence[Path], *, out: Path, overwrite: bool, title: str | None) -> None:
-    """Read, join, write."""
+    """Read the runs, combine them and write the report."""
     if out.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"{out.name!r} should end in .html.")
     if not out.parent.is_dir():

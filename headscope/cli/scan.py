@@ -56,7 +56,7 @@ def run_scan(
     examples: bool,
     as_json: bool,
 ) -> None:
-    """Load, score, write, print."""
+    """Load the model, score its heads, then write and print the table."""
     from headscope.base.configs import parse, read_yaml
     from headscope.probes.config import ProbeConfig, build_probe
 
@@ -64,7 +64,7 @@ def run_scan(
     if len(named := [option for option, value in given.items() if value is not None]) > 1:
         raise InputError(f"{' and '.join(named)} both name what is run: give only one of them.")
     if target is not None and source is None:
-        raise InputError("--target comes without --source: give the file of sources too.")
+        raise InputError("--target is given without --source: give the file of sources too.")
     names = scorer_names(scorers)
     config = None
     if probe_file is not None:
@@ -188,7 +188,7 @@ def list_scorers(*, as_json: bool) -> None:
         said = (scorer.description, scorer.source)
         grid.add_row(name + mark, scorer.kind, scorer.unit, span, *said)
     console().print(grid)
-    console().print("* not in a plain scan; ask for it by name.")
+    console().print("* not in a default scan; select it with --scorers.")
 
 
 _SHOWN = (
@@ -211,9 +211,37 @@ def run_circuits(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Load, read the weights, write, print."""
-    command = ModelCommand.begin(
-        "circuits", loading, out, overwrite=overwrite, tokens=tokens, paths=paths, seed=seed
+    """Load the model, analyse its weights, then write and print the results."""
+    folder = run_folder(out, "circuits", overwrite=overwrite)
+    started = time.perf_counter()
+    model = loading.model()
+    loaded = time.perf_counter()
+    if folder is not None:
+        folder = folder.of(asked_of(model, loading, tokens=tokens, paths=paths, seed=seed))
+    found = survey(model, tokens=tokens, paths=paths, seed=seed)
+    timings = {"load_seconds": loaded - started, "read_seconds": time.perf_counter() - loaded}
+    if folder is None:
+        print_either(lambda: _survey_as_json(found), lambda: _shown(found), as_json=as_json)
+        return
+    folder = folder.ready()
+    settings = {
+        "command": "circuits",
+        "model": model.name,
+        "revision": model.revision,
+        "tokens": tokens,
+        "seed": seed,
+    }
+    words = vocabulary_words(model, 3 if len(model.shape.heads) <= 1024 else 1)
+    _write(folder, found, words, settings, timings)
+    print_either(lambda: _survey_as_json(found), lambda: _shown(found), as_json=as_json)
+    print_written(
+        folder.path,
+        "table.parquet",
+        "pairs.parquet",
+        "spectra.safetensors",
+        "words.json",
+        "paths.json",
+        "pictures/",
     )
     model, folder = command.model, command.folder
     found = survey(model, tokens=tokens, paths=paths, seed=seed)
@@ -324,7 +352,7 @@ def run_head(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Load, analyse one head, write, print."""
+    """Load the model, analyse one head, then write and print the results."""
     if weights_only and text is not None:
         raise InputError("--text needs a run of the model: leave out --weights-only.")
     if text is not None and not text.strip():

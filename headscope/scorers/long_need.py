@@ -65,8 +65,8 @@ def streaming_gap(sink: int = 64, recent: int = 256, *, name: str | None = None)
         return gap.masked_fill(~out_of_sight(rows, kept)[:, None], torch.nan)
 
     function.__doc__ = (
-        f"Share of the head's write that is lost when it sees the first {sink} and the last "
-        f"{recent} tokens only."
+        f"Share of the head's write that is lost with only the first {sink} and last {recent} "
+        "tokens."
     )
     return output_scorer(
         name=name or f"streaming_gap_{sink}_{recent}",
@@ -169,7 +169,7 @@ def long_need(
         return far.masked_fill(~out_of_sight(rows, kept)[:, None], torch.nan)
 
     function.__doc__ = (
-        f"Share of queries that need more than {sink} first and {recent} last tokens."
+        f"Share of queries that need more than the first {sink} and last {recent} tokens."
     )
     return row_scorer(
         name=name or f"long_need_{sink}_{recent}",
@@ -238,8 +238,9 @@ def long_need_predicted(
         return flagged.float().masked_fill(~bulk.any(-1)[:, None], torch.nan)
 
     function.__doc__ = (
-        f"Share of queries said to need more than {sink} first and {recent} last tokens by the "
-        f"mean and variance of their {'far' if moments == 'bulk' else 'local'} scores."
+        f"Share of queries predicted to need more than the first {sink} and last {recent} tokens, "
+        "from "
+        f"the mean and variance of their {'far' if moments == 'bulk' else 'local'} scores."
     )
     return qk_scorer(
         name=name or f"long_need_{sink}_{recent}_{moments}{'_both' if both else ''}",

@@ -33,7 +33,7 @@ def _back(rows: AttentionRows, distance: int) -> Float[Tensor, "batch head query
     needs=("one_sequence", "text"),
 )
 def previous_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
-    """Attention to the token just before.
+    """Attention to the previous token.
 
     ``A[i, i-1]``, a probability in [0, 1], over every query but the first. Spread evenly it is
     ``1/(i+1)``.
@@ -70,7 +70,7 @@ def current_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch hea
     needs=("bidirectional", "one_sequence", "text"),
 )
 def next_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
-    """Attention to the token just after, where queries see it.
+    """Attention to the next token, in models without a causal mask.
 
     ``A[i, i+1]``, a probability in [0, 1], over every query but the first and the last. Spread
     evenly it is 1 over the number of tokens.
@@ -206,9 +206,7 @@ def _diluted(scorer: Scorer, tail: str) -> Scorer:
         values: Tensor = scorer.function(rows, probe)
         return values.nan_to_num(0)
 
-    function.__doc__ = (
-        f"Share of all attention that lies on {tail}, as transformer-lens' detect_head has it."
-    )
+    function.__doc__ = f"Share of all attention on {tail}, as in transformer-lens' detect_head."
     return row_scorer(
         name=f"detect_head_{scorer.name}",
         source="transformer-lens, head_detector.detect_head, error measure 'mul'",
@@ -218,9 +216,9 @@ def _diluted(scorer: Scorer, tail: str) -> Scorer:
     )(function)
 
 
-detect_head_previous_token = _diluted(previous_token, "the token before")
-detect_head_duplicate_token = _diluted(duplicate_token, "earlier equal tokens")
-detect_head_induction = _diluted(induction, "the followers of earlier equal tokens")
+detect_head_previous_token = _diluted(previous_token, "the previous token")
+detect_head_duplicate_token = _diluted(duplicate_token, "earlier occurrences of the token")
+detect_head_induction = _diluted(induction, "the tokens after earlier occurrences")
 
 
 _NEEDS = ("patches", "bidirectional")
@@ -258,7 +256,7 @@ def hop_mass(hops: int, *, name: str | None = None, threshold: float | None = No
         keys = (apart == hops) & patches
         return rows.mass(keys[None].expand(rows.pattern.shape[0], -1, -1))
 
-    function.__doc__ = f"Attention to patches {hops} rows or columns away."
+    function.__doc__ = f"Attention to patches at a distance of {hops}, in rows or columns."
     return row_scorer(
         name=name or f"hop_{hops}",
         source="Xie et al. 2023 (arXiv 2303.13731), attention by k-hop neighbourhood",

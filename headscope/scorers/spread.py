@@ -82,7 +82,7 @@ local_window = window_mass(_LOCAL, name="local_window")
     needs=("one_sequence",),
 )
 def attention_distance(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
-    """Mean distance in tokens from the query to what it attends to.
+    """Mean distance in tokens from a query to the keys it attends to.
 
     ``sum_j A[i, j] |i - j| / sum_j A[i, j]``, from 0 (the query's own token) to the position in
     the text, over every query but the first. Spread evenly over what came before it is ``i/2``.
@@ -116,7 +116,7 @@ def attention_distance(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batc
     control=None,
 )
 def entropy(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
-    """Entropy of the attention: how many tokens a query looks at, on a log scale.
+    """Entropy of the attention: how many tokens a query attends to, on a log scale.
 
     ``-sum_j A[i, j] log A[i, j]`` in nats, from 0 (one key) to the log of the number of visible
     keys (spread evenly; ``log(i+1)`` where only earlier ones are seen), over every query but the
@@ -152,7 +152,7 @@ def normalised_entropy(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batc
     control=None,
 )
 def max_attention(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
-    """Largest attention weight of a query: how sure a head is of one token.
+    """Largest attention weight of a query: how focused a head is on one token.
 
     ``max_j A[i, j]``, from 1 over the number of visible keys to 1, over every query but the
     first. The source leaves out the end-of-sentence key; here ``max_attention_no_sink`` leaves
@@ -190,7 +190,7 @@ def density(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head quer
     control=None,
 )
 def head_diversity(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
-    """How far a head's attention is from the mean of its layer's heads.
+    """Divergence of a head's attention from the mean over its layer's heads.
 
     Kullback-Leibler divergence ``sum_j A[h, i, j] log(A[h, i, j] / M[i, j])`` from the layer's mean
     row M, in nats, from 0 (all heads attend alike) to the log of the number of heads (no other head

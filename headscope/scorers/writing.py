@@ -32,7 +32,7 @@ from headscope.views import HeadGradients, HeadOutputs
     control=None,
 )
 def head_output_norm(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch head query"]:
-    """Euclidean length of what the head adds to the residual stream.
+    """Euclidean norm of the head's write to the residual stream.
 
     ``|z_i W_O|``, from 0, over every query but the first.
 
@@ -52,7 +52,7 @@ def head_output_norm(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch
 def direct_logit_attribution(
     outputs: HeadOutputs, probe: Probe
 ) -> Float[Tensor, "batch head query"]:
-    """How much a head's write alone raises the target's logit above the average logit.
+    """Direct contribution of a head's write to the target's logit minus the average logit.
 
     ``z_i W_O . (d_target - mean over the vocabulary of d) / scale_i``, where ``d_t`` is the
     residual direction of token t's logit and ``scale_i`` the final norm's denominator in this
@@ -86,7 +86,7 @@ def direct_logit_attribution(
 def direct_logit_difference(
     outputs: HeadOutputs, probe: Probe
 ) -> Float[Tensor, "batch head query"]:
-    """How much a head's write alone raises the target's logit above the foil's.
+    """Direct contribution of a head's write to the target's logit minus the foil's.
 
     ``z_i W_O . (d_target - d_foil) / scale_i``, in logits, any sign, over the queries that have
     both; see ``direct_logit_attribution``.
@@ -110,7 +110,7 @@ def direct_logit_difference(
     control=None,
 )
 def copying(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch head query"]:
-    """Of all that a head's write raises, the share that falls on the tokens it attends to.
+    """Share of a head's logit increases that falls on the tokens it attends to.
 
     ``sum_j A[i, j] up_i(token j) / sum of up_i over the different tokens of the example``, where
     ``up_i(t)`` is the logit that the write ``z_i W_O`` gives token t directly, less its mean
@@ -157,7 +157,7 @@ _NEEDS = ("attention_write", "unembedding", "values", "causal")
     needs=_NEEDS,
 )
 def needle_write(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch head query"]:
-    """How much what the head fetches from the needle raises the answer's logit.
+    """Contribution to the answer's logit of what the head reads from the needle.
 
     ``sum over needle keys j of A[i, j] v_j W_O . (d_target - mean over the vocabulary of d) /
     scale_i``, in logits, any sign, over the positions that predict the answer; ``d_t`` is the
@@ -181,7 +181,7 @@ def needle_write(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch hea
     needs=_NEEDS,
 )
 def needle_write_contrast(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch head query"]:
-    """How much more the needle's tokens raise the answer's logit than all other tokens do.
+    """Contribution to the answer's logit of the needle's tokens minus that of all others.
 
     ``needle_write`` less the same sum over all other keys, in logits, any sign, over the
     positions that predict the answer. NaN where the layer's window hides the needle.

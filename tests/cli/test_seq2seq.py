@@ -55,7 +55,7 @@ def test_what_does_not_fit_is_a_sentence(folder: Path, tmp_path: Path) -> None:
     source, short = folder / "source.txt", tmp_path / "short.txt"
     short.write_text("die katze\n", encoding="utf-8")
     for words, why in (
-        (("--target", str(source)), "--target comes without --source"),
+        (("--target", str(source)), "--target is given without --source"),
         (("--source", str(source), "--target", str(short)), "2 sources and 1 targets"),
         (("--source", str(tmp_path / "none.txt")), "none.txt"),
     ):

@@ -52,7 +52,7 @@ def test_a_dry_run_counts_and_measures_and_writes_nothing(
     said = run("sweep", file, "--dry-run")
     assert "test: 12 cells in 3 chunks" in said
     # 3 examples x (3 clean runs + 4 heads in layers 0, 1, 2 of 3: 4 x (1 + 2/3 + 1/3))
-    assert "36 edited examples, the work of 33 whole passes" in said
+    assert "36 edited examples, equivalent to 33 full passes" in said
     assert "timed: one cell of tiny-gpt2" in said
     assert list(tmp_path.iterdir()) == [file]
 
