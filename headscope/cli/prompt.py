@@ -237,10 +237,6 @@ def run_flow(
     as_json: bool,
 ) -> None:
     """Load the model, trace the routes, then write and print them."""
-    folder = run_folder(out, "flow", overwrite=overwrite)
-    started = time.perf_counter()
-    model = loading.model()
-    loaded = time.perf_counter()
     asked: dict[str, Any] = {
         "prompt": prompt,
         "position": position,

@@ -212,36 +212,8 @@ def run_circuits(
     as_json: bool,
 ) -> None:
     """Load the model, analyse its weights, then write and print the results."""
-    folder = run_folder(out, "circuits", overwrite=overwrite)
-    started = time.perf_counter()
-    model = loading.model()
-    loaded = time.perf_counter()
-    if folder is not None:
-        folder = folder.of(asked_of(model, loading, tokens=tokens, paths=paths, seed=seed))
-    found = survey(model, tokens=tokens, paths=paths, seed=seed)
-    timings = {"load_seconds": loaded - started, "read_seconds": time.perf_counter() - loaded}
-    if folder is None:
-        print_either(lambda: _survey_as_json(found), lambda: _shown(found), as_json=as_json)
-        return
-    folder = folder.ready()
-    settings = {
-        "command": "circuits",
-        "model": model.name,
-        "revision": model.revision,
-        "tokens": tokens,
-        "seed": seed,
-    }
-    words = vocabulary_words(model, 3 if len(model.shape.heads) <= 1024 else 1)
-    _write(folder, found, words, settings, timings)
-    print_either(lambda: _survey_as_json(found), lambda: _shown(found), as_json=as_json)
-    print_written(
-        folder.path,
-        "table.parquet",
-        "pairs.parquet",
-        "spectra.safetensors",
-        "words.json",
-        "paths.json",
-        "pictures/",
+    command = ModelCommand.begin(
+        "circuits", loading, out, overwrite=overwrite, tokens=tokens, paths=paths, seed=seed
     )
     model, folder = command.model, command.folder
     found = survey(model, tokens=tokens, paths=paths, seed=seed)

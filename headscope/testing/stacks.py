@@ -292,7 +292,6 @@ def _state(subject: _Subject) -> Any:
 
 def _not_a_number(subject: _Subject) -> None:
     """A model with NaN weights is refused."""
-    broken = copy.deepcopy(subject.model.module)
     view = subject.model.stack("cross")
     layer = view.shape.attention_layers[-1]
     refuse_nan(subject.model.module, view.layout.layers[layer].projection)
