@@ -474,7 +474,11 @@ class Unembedding:
 
     def uncapped(self, residual: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_vocab"]:
         """Logits of a residual stream before the soft cap."""
-        logits = self.normed(residual) @ self.W_U.float().T * self.logit_scale
+        normed, words = self.normed(residual), self.W_U
+        # Weights in half precision become fp32 a block at a time, not as a second, larger copy.
+        step = len(words) if words.dtype == torch.float32 else _ENTRIES // words.shape[1]
+        blocks = words.split(max(1, step))
+        logits = torch.cat([normed @ block.float().T for block in blocks], -1) * self.logit_scale
         if self.b_U is not None:
             logits = logits + self.b_U.float() * self.logit_scale
         return logits

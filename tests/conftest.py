@@ -8,6 +8,7 @@ os.environ.setdefault("HEADSCOPE_TEST_THREADS", "1")
 # Before anything imports torch or transformers, which read these once.
 os.environ.update(
     OMP_NUM_THREADS=os.environ["HEADSCOPE_TEST_THREADS"],
+    HEADSCOPE_CACHE="off",  # models are proved each time
     HF_HUB_OFFLINE="1",
     TRANSFORMERS_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",

@@ -62,6 +62,24 @@ def paragraphs(text: str) -> list[str]:
     return [block.strip() for block in blocks if block.strip()]
 
 
+def cache_folder() -> Path | None:
+    """Folder for what is worth keeping between runs; None where nothing shall be kept.
+
+    ``HEADSCOPE_CACHE`` names it, or says ``off``. Default: ``headscope`` in ``XDG_CACHE_HOME`` or
+    in ``~/.cache``. Nothing is created here.
+    """
+    named = os.environ.get("HEADSCOPE_CACHE")
+    if named is not None:
+        return None if named.strip().lower() in ("", "0", "off", "no", "false") else Path(named)
+    above = os.environ.get("XDG_CACHE_HOME")
+    if above and Path(above).is_absolute():  # others are to be ignored, says the specification
+        return Path(above) / "headscope"
+    try:
+        return Path.home() / ".cache" / "headscope"
+    except RuntimeError:  # no home
+        return None
+
+
 @contextmanager
 def whole_file(target: Path) -> Iterator[BinaryIO]:
     """Open a file that appears under its name only when it is complete and synced.

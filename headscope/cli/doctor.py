@@ -245,6 +245,7 @@ def _proof(model: HeadModel) -> dict[str, Any] | None:
         return None
     return {
         "tokens": proof.tokens,
+        "remembered": proof.remembered,
         "facts": list(proof.facts),
         "checks": [
             {
@@ -337,7 +338,11 @@ def print_model(facts: dict[str, Any]) -> None:
     bos = "with BOS" if facts["bos"] else "no BOS"
     row("tokenizer", f"{facts['tokenizer']}, {bos}" if facts["tokenizer"] else "none")
     proof = facts["proof"]
-    row("proved on", f"{proof['tokens']} tokens" if proof else "nothing: loaded with check=False")
+    proved = "nothing: loaded with check=False"
+    if proof:
+        earlier = " by an earlier run, with these weights and this code on this device"
+        proved = f"{proof['tokens']} tokens{earlier if proof['remembered'] else ''}"
+    row("proved on", proved)
     for check in proof["checks"] if proof else ():
         size = "not measured" if check["difference"] is None else f"{check['difference']:.1e}"
         state = "holds" if check["holds"] else "does not hold"

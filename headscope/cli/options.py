@@ -74,11 +74,12 @@ class Loading:
         """Load the model, without transformers' own progress bars and advice."""
         from transformers.utils import logging
 
+        from headscope.cli.output import console
         from headscope.models.loading import load
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        return load(
+        model = load(
             self.source,
             revision=self.revision,
             dtype=self.dtype,
@@ -87,6 +88,10 @@ class Loading:
             trust_remote_code=self.trust_remote_code,
             extrapolate=self.extrapolate,
         )
+        if getattr(getattr(model, "proof", None), "remembered", False):
+            said = f"{model.name} was proved by an earlier run with the same weights."
+            console(stderr=True).print(said, soft_wrap=True, markup=False, highlight=False)
+        return model
 
 
 def with_loading(command: Callable[..., None]) -> Callable[..., None]:

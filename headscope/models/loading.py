@@ -337,7 +337,9 @@ def load(
         trust_remote_code: run code that comes with the model; only with a 40-digit ``revision``.
         allow_pickle: also accept weights that are not safetensors.
         check: prove on a text of 64 to 256 tokens that what is read is what runs (two passes,
-            once per process for the same weights); see ``model.proof``.
+            once per process for the same weights); see ``model.proof``. Of a model read from
+            files, the proof is kept for later runs with the same weights, code and device
+            (``model.proof.remembered``), in ``HEADSCOPE_CACHE``.
         extrapolate: take texts longer than the config's context, for rotary positions only;
             results that used such positions say so.
 
@@ -362,7 +364,9 @@ def load(
         given, tokenizer, name, commit = _from_files(
             source, revision, device, _dtype(dtype), device_map, trust_remote_code, allow_pickle
         )
-        return _lifted(_wrapped(given, tokenizer, name, commit, check), given, extrapolate)
+        # Code that came with a model is looked at each time, as is a model that the caller made.
+        seen = _wrapped(given, tokenizer, name, commit, check, remember=not trust_remote_code)
+        return _lifted(seen, given, extrapolate)
     if type(source).__module__.split(".")[0] == "transformer_lens":
         from headscope.models.bridge.model import without_own_hooks, wrap_bridge
         from headscope.models.proof import prove
@@ -396,7 +400,13 @@ def _lifted(model: HeadModel, module: Any, wanted: bool) -> HeadModel:
 
 
 def _wrapped(
-    module: Any, tokenizer: Any, name: str, revision: str | None, check: bool
+    module: Any,
+    tokenizer: Any,
+    name: str,
+    revision: str | None,
+    check: bool,
+    *,
+    remember: bool = False,
 ) -> HeadModel:
     """Choose the path and verify the hook points."""
     from headscope.models.bridge.model import wrap_bridge
@@ -412,7 +422,7 @@ def _wrapped(
         if model is None:
             model = wrap_bridge(_bridged(module), **facts)
         if check:
-            prove(model)
+            prove(model, remember=remember and model.path == "hf")
         if isinstance(model, HFModel) and (model.grid or model.image_token) is not None:
             model.image_processor = _image_processor(module.config.name_or_path, revision)
     except UnsupportedModelError as error:

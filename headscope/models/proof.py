@@ -3,10 +3,16 @@
 In the comparisons that decide, NaN never agrees, and tolerances follow dtype, length and scores.
 """
 
+import hashlib
+import json
 import math
+import sys
 import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -14,7 +20,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from headscope.errors import UnsupportedModelError
+from headscope.base.files import cache_folder, whole_file
+from headscope.base.specs import versions
+from headscope.errors import HeadscopeError, UnsupportedModelError
 from headscope.models.running import pass_over
 
 if TYPE_CHECKING:
@@ -160,12 +168,46 @@ class Proof:
         checks: the worst of each kind over all layers.
         facts: other things that were seen, as sentences.
         limits: what failed and cost a capability: reason by capability.
+        remembered: whether it was made by an earlier run, of the same weights, code and device.
     """
 
     tokens: int = 0
     checks: tuple[LoadCheck, ...] = ()
     facts: tuple[str, ...] = ()
     limits: dict[str, str] = field(default_factory=dict)
+    remembered: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """The proof as JSON values; numbers exactly, infinite ones and NaN too."""
+        return {
+            "tokens": self.tokens,
+            "checks": [
+                [one.what, one.gap.size.hex(), one.gap.allowed.hex(), list(one.costs), one.reason]
+                for one in self.checks
+            ],
+            "facts": list(self.facts),
+            "limits": self.limits,
+        }
+
+    @classmethod
+    def from_json(cls, found: Any) -> "Proof":
+        """A proof from :meth:`to_json`.
+
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError: if it is something else.
+        """
+        checks = tuple(
+            LoadCheck(
+                str(what),
+                Gap(float.fromhex(size), float.fromhex(allowed)),
+                tuple(map(str, costs)),
+                str(reason),
+            )
+            for what, size, allowed, costs, reason in found["checks"]
+        )
+        facts = tuple(map(str, found["facts"]))
+        limits = {str(name): str(reason) for name, reason in found["limits"].items()}
+        return cls(int(found["tokens"]), checks, facts, limits)
 
 
 # Proofs of this process, by module, with the weights that they are of.
@@ -174,7 +216,7 @@ _PROVED: "WeakKeyDictionary[nn.Module, tuple[object, Proof]]" = WeakKeyDictionar
 _SAMPLED = 64
 
 
-def prove(model: "HFModel | Seq2SeqModel | BridgeModel") -> None:
+def prove(model: "HFModel | Seq2SeqModel | BridgeModel", *, remember: bool = False) -> None:
     """Check on a text or an image that headscope's view matches the model.
 
     What was compared is kept in ``model.proof``.
@@ -188,6 +230,9 @@ def prove(model: "HFModel | Seq2SeqModel | BridgeModel") -> None:
 
     Args:
         model: the model as headscope sees it.
+        remember: for a module that was just read from files: keep the proof in
+            :func:`headscope.base.files.cache_folder`, and take it from there where the digest of
+            the weights, the config, the device, the code and versions are all the same.
 
     Raises:
         ModelLoadError: if the model does not run, or its weights are broken.
@@ -195,11 +240,105 @@ def prove(model: "HFModel | Seq2SeqModel | BridgeModel") -> None:
     """
     module, weights = _key(model)
     known = _PROVED.get(module)
-    if known is None or known[0] != weights:
+    if known is None or known[0] != weights or (known[1].remembered and not remember):
         with pass_over(module):
-            known = (weights, _proved(model))
+            known = (weights, _remembered(model) if remember else _proved(model))
         _PROVED[module] = known
     model.proof = known[1]
+
+
+def _remembered(model: Any) -> Proof:
+    """Proof of an earlier run if there is one; otherwise it is made, and kept."""
+    folder = cache_folder()
+    if folder is None or not _is_plain(model.module):
+        return _proved(model)
+    file = folder / "proofs" / f"{_memory_key(model)}.json"
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        return replace(Proof.from_json(json.loads(file.read_bytes())), remembered=True)
+    proof = _proved(model)
+    with suppress(OSError, HeadscopeError):  # a full or read-only disk costs time, nothing else
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(file) as opened:
+            opened.write(json.dumps(proof.to_json(), allow_nan=False).encode())
+    return proof
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether weights, config and installed code are all that decides what a module computes.
+
+    Not so with hooks, adapters, quantised or offloaded weights, code that came with the model, and
+    replaced methods.
+    """
+    from headscope.models.hf.hooks import has_hooks
+    from headscope.models.hf.transformers_api import has_adapters
+
+    config = getattr(module, "config", None)
+    if getattr(config, "quantization_config", None) or getattr(module, "hf_device_map", None):
+        return False
+    if has_adapters(module) or has_hooks(module):
+        return False
+    devices = {one.device.type for one in (*module.parameters(), *module.buffers())}
+    parts = list(module.modules())
+    replaced = any("forward" in vars(one) for one in parts)
+    installed = all(_is_installed(kind) for kind in set(map(type, parts)))
+    return len(devices) == 1 and "meta" not in devices and installed and not replaced
+
+
+def _is_installed(kind: type[nn.Module]) -> bool:
+    """Whether a class and its ``forward`` are those of torch or transformers."""
+    code = getattr(kind.forward, "__code__", None)
+    homes = [Path(str(sys.modules[name].__file__)).parent for name in ("torch", "transformers")]
+    own = sys.modules.get(kind.__module__)
+    files = (getattr(code, "co_filename", None), getattr(own, "__file__", None))
+    return all(
+        name is not None and any(Path(name).is_relative_to(home) for home in homes)
+        for name in files
+    )
+
+
+def _memory_key(model: Any) -> str:
+    """Digest of everything that a proof depends on."""
+    from headscope.models.hf.transformers_api import attention_name
+
+    module = model.module
+    device = next(module.parameters()).device
+    there = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else torch.backends.cpu.get_cpu_capability()
+    )
+    facts = {
+        "weights": model.digest(),
+        "config": str(module.config),
+        "attention": attention_name(module.config),
+        "name": model.name,  # its limits are sentences about it
+        "class": f"{type(module).__module__}.{type(module).__qualname__}",
+        "seen_as": type(model).__qualname__,
+        "device": [device.type, there, torch.get_float32_matmul_precision()],
+        "versions": versions(),
+        "code": [_own_code(), *_code_of(module)],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _code_of(module: nn.Module) -> Iterator[str]:
+    """Digests of the source files that a module's classes are in."""
+    for name in sorted({type(one).__module__ for one in module.modules()}):
+        file = getattr(sys.modules.get(name), "__file__", None)
+        yield name if file is None else f"{name} {_digest_of(Path(file))}"
+
+
+@cache
+def _own_code() -> str:
+    """Digest of headscope's sources: during development its version stays the same."""
+    package = Path(__file__).parents[1]
+    files = sorted(package.rglob("*.py"))
+    named = (f"{file.relative_to(package)} {_digest_of(file)}\n" for file in files)
+    return hashlib.sha256("".join(named).encode()).hexdigest()
+
+
+def _digest_of(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _proved(model: "HFModel | Seq2SeqModel | BridgeModel") -> Proof:

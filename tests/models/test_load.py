@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoConfig
 import headscope as hs
 from headscope import lens
 from headscope.errors import InputError, ModelLoadError, UnsupportedModelError
+from headscope.models import proof
 from headscope.models.hf import passes
 from headscope.models.loading import admit
 from tests.models.families import ALIBI, BRIDGE_FAMILIES, HF_FAMILIES, build, fresh
@@ -31,6 +33,70 @@ def test_second_path_is_chosen_by_itself(family: str) -> None:
 
 def test_alibi_is_among_them() -> None:
     assert set(ALIBI) <= set(BRIDGE_FAMILIES)
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for proofs that is on in this test."""
+    monkeypatch.setenv("HEADSCOPE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "proofs"
+
+
+def test_a_proof_is_kept_for_later_runs(kept: Path, tmp_path: Path) -> None:
+    """Of the same weights, type, config and code; of a folder, never of the caller's module."""
+    place, module = tmp_path / "saved", fresh("llama")
+    module.save_pretrained(place)
+    first = hs.load(place)
+    again = hs.load(place)
+    assert (first.proof.remembered, again.proof.remembered) == (False, True)
+    assert replace(again.proof, remembered=False) == first.proof
+    assert again.limits == first.limits
+    assert not hs.load(again.module).proof.remembered
+    assert not hs.load(fresh("llama")).proof.remembered
+    assert not hs.load(place, dtype="bfloat16").proof.remembered
+    file = max(kept.iterdir(), key=lambda one: one.stat().st_mtime)
+    for damaged in (b"", b"[]", file.read_bytes()[:-9], b'{"tokens": 1}'):
+        file.write_bytes(damaged)
+        assert not hs.load(place, dtype="bfloat16").proof.remembered
+    assert hs.load(place, dtype="bfloat16").proof.remembered
+    with torch.no_grad():
+        next(iter(module.parameters()))[0, 0] += 1e-3
+    module.save_pretrained(place)
+    assert not hs.load(place).proof.remembered
+
+
+def test_replaced_code_is_proved_each_time(
+    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = fresh("llama")
+    module.save_pretrained(tmp_path / "saved")
+    hs.load(tmp_path / "saved")
+    kind = type(module.model.layers[0].mlp)
+    true = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: 2 * true(self, x))
+    assert not hs.load(tmp_path / "saved").proof.remembered
+    monkeypatch.setattr(kind, "forward", true)
+    assert hs.load(tmp_path / "saved").proof.remembered
+    # A version of headscope with other code has made no proof.
+    monkeypatch.setattr(proof, "_own_code", lambda: "another")
+    assert not hs.load(tmp_path / "saved").proof.remembered
+
+
+def test_a_cache_may_be_off_or_out_of_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models load as ever, and nothing is written elsewhere."""
+    fresh("llama").save_pretrained(tmp_path / "saved")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    blocked = tmp_path / "file"
+    blocked.touch()
+    for setting in ("off", "", "0", str(blocked / "below")):
+        monkeypatch.setenv("HEADSCOPE_CACHE", setting)
+        assert not hs.load(tmp_path / "saved").proof.remembered
+    assert not (tmp_path / "xdg").exists()
+    monkeypatch.delenv("HEADSCOPE_CACHE")
+    hs.load(tmp_path / "saved")
+    assert [one.name for one in (tmp_path / "xdg" / "headscope").iterdir()] == ["proofs"]
 
 
 def test_a_folder_loads_like_the_model(tmp_path: Path) -> None:

@@ -288,7 +288,7 @@ def dead_heads(model: HeadModel, z: Mapping[int, Tensor]) -> tuple[str, ...]:
     given_nothing, write_nothing = [], []
     for layer, values in z.items():
         given = values.reshape(*values.shape[:2], -1)
-        silent = ~model.output_weights(layer).flatten(1).any(1)
+        silent = ~model.output_weights(layer).any(-1).any(-1)
         unread = torch.zeros_like(silent)
         # Where heads were removed, those that are left write.
         if given.shape[-1] == model.shape.n_heads * model.shape.d_head:

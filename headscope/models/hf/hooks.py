@@ -82,6 +82,11 @@ def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
         yield
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything is hooked to a module or a part of it."""
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
 @contextmanager
 def unhooked(handles: Iterable[tuple[nn.Module, int]]) -> Iterator[None]:
     """Context manager without some output hooks, which are restored in place.

@@ -108,6 +108,11 @@ def commit_hash(config: Any, place: str, revision: str | None) -> str | None:
     return commit
 
 
+def has_adapters(model: Any) -> bool:
+    """Whether transformers put adapters (LoRA and the like) into a model."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
 def is_stateful(model: Any) -> bool:
     """Whether generation keeps a recurrent state besides keys and values."""
     return bool(getattr(model, "_is_stateful", False))
