@@ -51,9 +51,20 @@ def _page(study: Study) -> str:
         "",
         study.about,
         "",
+        *_how_to_run(study),
+    ]
+    return "\n".join(lines)
+
+
+def _how_to_run(study: Study) -> list[str]:
+    """The command; in words where a command cannot load what the study is asked of."""
+    if study.of == "diffusion":
+        return ["Asked of what `hs.diffusion.load` returns, in Python: `hs.studies.run`.", ""]
+    asked = ["Asked of what `hs.vision.clip` returns.", ""] if study.of == "clip" else []
+    return [
+        *asked,
         "```bash",
         f"headscope study run {study.name} MODEL --out runs/studies",
         "```",
         "",
     ]
-    return "\n".join(lines)

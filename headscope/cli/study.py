@@ -20,9 +20,11 @@ from headscope.cli.output import (
     typed,
 )
 from headscope.errors import UnsupportedModelError
+from headscope.models.protocol import HeadModel
 from headscope.studies import Study, StudyResult
 from headscope.table import HeadTable
 from headscope.table.kinds import KindTable
+from headscope.vision import Clip, clip
 
 if TYPE_CHECKING:
     from headscope.report.folder import RunFolder
@@ -58,7 +60,7 @@ def run_study(
     """Run one study or all of them, print the verdicts and write the page."""
     check_overwrite(out, overwrite=overwrite)
     asked = [studies.show(one) for one in (studies.list() if name == "all" else [name])]
-    model = loading.model()
+    model = _loaded(loading, asked)
     left = None if overwrite else out
     with suppress(UnsupportedModelError):
         console(stderr=True).print(f"{studies.cost(model, asked, fast, out=left)}")
@@ -68,6 +70,18 @@ def run_study(
     print_either(lambda: _rows(results), lambda: _lines(results), as_json=as_json)
     if out is not None:
         print_written(out, "studies/")
+
+
+def _loaded(loading: Loading, asked: Iterable[Study]) -> HeadModel | Clip:
+    """The model, with both its halves where studies are asked of images and texts."""
+    if {one.of for one in asked} == {"clip"}:
+        return clip(
+            loading.source,
+            revision=loading.revision,
+            device=loading.device,
+            dtype=loading.dtype,
+        )
+    return loading.model()
 
 
 def _rows(results: Iterable[StudyResult]) -> list[dict[str, Any]]:

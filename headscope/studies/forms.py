@@ -1,24 +1,40 @@
 """Studies that need a certain kind of model: checkpoints, groups, images, seq2seq, mixers."""
 
-from itertools import combinations
+import inspect
+from functools import partial
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from headscope.ablation import restore
 from headscope.alignment import find
+from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import mean_interval
 from headscope.capture import collect
 from headscope.comparing import emergence
+from headscope.diffusion import Diffusion, token_attention
 from headscope.errors import UnsupportedModelError
 from headscope.flow import source_contribution
+from headscope.heads import HeadIndex
 from headscope.metrics import answer_probability, loss
 from headscope.models import bundled
 from headscope.models.bundled.tasks import on_patches, orders, shapes
 from headscope.models.hf.sublayers import need_encoder_decoder
 from headscope.models.protocol import HeadModel
-from headscope.probes import Probe, copied_tokens, images, random_images, recall, translation
+from headscope.probes import (
+    Probe,
+    copied_tokens,
+    from_batch,
+    images,
+    random_images,
+    recall,
+    translation,
+)
 from headscope.probes.encoding import ordinary_tokens, uses_bos
 from headscope.scoring.score import score
 from headscope.studies.study import (
@@ -28,6 +44,7 @@ from headscope.studies.study import (
     Evidence,
     Study,
     StudySetting,
+    above_draws,
     best_head,
     control_mean,
     control_of,
@@ -36,7 +53,16 @@ from headscope.studies.study import (
     skilled,
 )
 from headscope.table import HeadScores
-from headscope.vision import class_space, importance
+from headscope.vision import (
+    Clip,
+    OcrHeads,
+    class_space,
+    contributions,
+    image_keys,
+    importance,
+    ocr_heads,
+    text_span,
+)
 
 
 def _together(model: HeadModel, setting: StudySetting) -> Evidence:
@@ -446,4 +472,393 @@ CLASS_SPACE = Study(
     "Identifiability is 1 minus the normalised rank of the true class among all classes. Drawn "
     "shapes, for the bundled tiny-vit.",
 )
-ALL = (EMERGENCE, GROUPS, RECALL, ALIGNMENT, IMAGES, DETACHED, VIT, CLASS_SPACE)
+_COLOURS = {
+    "red": (225, 25, 25), "green": (25, 150, 45), "blue": (35, 60, 225), "yellow": (240, 225, 40),
+    "orange": (245, 140, 20), "purple": (125, 35, 165), "pink": (250, 130, 190),
+    "brown": (115, 70, 30), "white": (245, 245, 245), "turquoise": (45, 210, 200),
+}  # fmt: skip
+_PLACES = (
+    "top-left", "top", "top-right", "left", "centre", "right", "bottom-left", "bottom",
+    "bottom-right",
+)  # fmt: skip
+_TOLD = {"colour": "a picture of something {}", "place": "something at the {} of the picture"}
+_SIDE, _DRAWS = 96, 199  # of a picture; shuffles of names
+
+
+def _discs(
+    setting: StudySetting, number: int
+) -> tuple[list[np.ndarray], dict[str, Int[np.ndarray, " image"]]]:
+    """Discs of ten colours at nine places of dark pictures, with the number of each name."""
+    rng = np.random.default_rng([18, setting.seed + number])
+    count = setting.size(270, 90)
+    labels = {
+        "colour": rng.permutation(np.arange(count) % len(_COLOURS)),
+        "place": rng.permutation(np.arange(count) % len(_PLACES)),
+    }
+    pictures = []
+    y, x = np.mgrid[:_SIDE, :_SIDE]
+    for colour, place in zip(*labels.values(), strict=True):
+        row, column = (int(at) * 32 + 16 + rng.integers(-4, 5) for at in divmod(place, 3))
+        picture = np.full((_SIDE, _SIDE, 3), rng.integers(15, 45), np.uint8)
+        picture[(y - row) ** 2 + (x - column) ** 2 < 11**2] = list(_COLOURS.values())[colour]
+        pictures.append(picture)
+    return pictures, labels
+
+
+def _names(kind: str) -> tuple[str, ...]:
+    return tuple(_COLOURS) if kind == "colour" else _PLACES
+
+
+def _texts(both: Clip, kind: str) -> Float[np.ndarray, "name width"]:
+    """Embeddings of a picture's colours or places in words."""
+    found: Float[np.ndarray, "name width"] = (
+        both.embed([_TOLD[kind].format(name) for name in _names(kind)]).double().cpu().numpy()
+    )
+    return found
+
+
+def _disc_writes(
+    both: Clip, setting: StudySetting, number: int
+) -> tuple[Float[np.ndarray, "image layer head width"], dict[str, Int[np.ndarray, " image"]]]:
+    """What each head writes into the embeddings of pictures, less its mean."""
+    pictures, labels = _discs(setting, number)
+
+    def make() -> Float[np.ndarray, "image layer head width"]:
+        found = contributions(both.vision, images(both.vision, pictures))
+        return np.asarray(np.nan_to_num(found.heads - found.heads.mean(0)))
+
+    return setting.share(("disc writes", number), make), labels
+
+
+def _right(both: Clip, setting: StudySetting, kind: str, number: int) -> HeadScores:
+    """Whether the name that a head's write is most like is that of the colour, or the place."""
+    writes, labels = _disc_writes(both, setting, number)
+    texts = _texts(both, kind)
+    said = (writes @ (texts - texts.mean(0)).T).argmax(-1)
+    spec = ScoreSpec(
+        f"{kind}_named",
+        unit="share",
+        bounds=(0.0, 1.0),
+        source="Gandelsman et al. 2024 (arXiv 2310.05916)",
+        description=f"Share of pictures whose {kind} a head's write is most like in words.",
+    )
+    right = np.moveaxis(said == labels[kind][:, None, None], 0, -1).astype(float)
+    return HeadScores.from_examples(spec, right, kv_heads=right.shape[1])
+
+
+def _naming(kind: str, both: Clip, setting: StudySetting) -> Evidence:
+    """Share of pictures that the best head names right, against names shuffled among texts."""
+    texts = _texts(both, kind)
+    (first, chosen), (second, tried) = (_disc_writes(both, setting, k) for k in range(2))
+    centred = texts - texts.mean(0)
+    said = [(one @ centred.T).argmax(-1) for one in (first, second)]
+    truth = [one[kind][:, None, None] for one in (chosen, tried)]
+    rng = np.random.default_rng(setting.seed)
+    orders = [np.arange(len(texts)), *(rng.permutation(len(texts)) for _ in range(_DRAWS))]
+    found, head = [], HeadIndex(0, 0)
+    for number, order in enumerate(orders):
+        lead = (order[said[0]] == truth[0]).mean(0)
+        layer, best = np.unravel_index(int(lead.argmax()), lead.shape)
+        found.append(float((order[said[1][:, layer, best]] == tried[kind]).mean()))
+        if not number:
+            head = HeadIndex(int(layer), int(best))
+    return above_draws(
+        found[0],
+        np.array(found[1:]),
+        note=str(head),
+        results={f"{kind} named": _right(both, setting, kind, 1)},
+    )
+
+
+def _namer(both: Clip, setting: StudySetting, kind: str) -> HeadIndex:
+    """The head that names colours, or places.
+
+    Raises:
+        UnsupportedModelError: if no head does.
+    """
+    found = setting.share(("naming", kind), lambda: _naming(kind, both, setting))
+    if not found.low > MATTERS:
+        raise UnsupportedModelError(
+            f"no head of it names the {kind} (best: {found.note}, {found.value:.2f} against "
+            f"{found.control:.2f} with shuffled names)."
+        )
+    return HeadIndex.parse(found.note)
+
+
+def _specialised(both: Clip, setting: StudySetting) -> Evidence:
+    own, other = (_namer(both, setting, kind) for kind in _TOLD)
+    right = _right(both, setting, "colour", 1).per_example
+    return paired(
+        right[own.layer, own.head],
+        right[other.layer, other.head],
+        note=f"{own} names colours, {other} places",
+    )
+
+
+def _described(both: Clip, setting: StudySetting) -> Evidence:
+    head = _namer(both, setting, "colour")
+    pool = np.concatenate([_texts(both, kind) for kind in _TOLD])
+    writes, _ = _disc_writes(both, setting, 1)
+    late = range(max(0, writes.shape[1] - 4), writes.shape[1])
+    others = [
+        writes[:, layer, other]
+        for layer in late
+        for other in range(writes.shape[2])
+        if (layer, other) != (head.layer, head.head)
+    ]
+    values, control = [], []
+    for part in np.array_split(np.arange(len(writes)), setting.size(12, 9)):
+        values.append(_of_colours(writes[part, head.layer, head.head], pool))
+        control.append(np.nanmean([_of_colours(one[part], pool) for one in others]))
+    return paired(np.array(values), np.array(control), note=f"{head}; n counts draws of pictures")
+
+
+def _of_colours(
+    writes: Float[np.ndarray, "image width"], pool: Float[np.ndarray, "text width"]
+) -> float:
+    """Share of colours in what the first five texts that describe a head account for."""
+    found = text_span(writes, pool, 5)
+    gains = np.diff(found.explained, prepend=0.0)
+    return (
+        float(gains[np.array(found.texts) < len(_COLOURS)].sum() / gains.sum())
+        if len(gains)
+        else np.nan
+    )
+
+
+TEXT_SPAN = Study(
+    "clip-text-span",
+    "Heads of CLIP that each tell one property, in words",
+    "Gandelsman et al. 2024, Interpreting CLIP's Image Representation via Text-Based "
+    "Decomposition, arXiv 2310.05916",
+    (
+        *(
+            Claim(
+                kind,
+                f"What a head writes into the embedding of a picture names the {kind} of what is "
+                "shown.",
+                f"share of pictures whose {kind} in words is closest to the write of the head that "
+                "was chosen on other pictures",
+                f"the same with the {kind}s in words shuffled before the head is chosen",
+                partial(_naming, kind),
+                MATTERS,
+                "share of pictures",
+            )
+            for kind in _TOLD
+        ),
+        Claim(
+            "specialised",
+            "The head that names colours does so better than the head that names places.",
+            "share of pictures whose colour the head for colours names",
+            "share that the head for places names",
+            _specialised,
+            MATTERS,
+            "share of pictures",
+        ),
+        Claim(
+            "described",
+            "The texts that TextSpan finds for the head that names colours are of colours.",
+            "share of colours in the variance that the first five texts account for",
+            "mean of all other heads of the last four layers",
+            _described,
+            MATTERS,
+            "share of the variance",
+        ),
+    ),
+    "Drawn discs of ten colours at nine places, and texts that name these. Writes are centred over "
+    "pictures, texts over their kind. The paper has thousands of texts and the pictures of "
+    "ImageNet, and reads the texts; here the properties are drawn, so that right names can be "
+    "counted.",
+    of="clip",
+)
+
+# Twelve words each; the first six choose heads, the others try them.
+_CONCEPTS = {
+    "colours": "red blue green yellow white purple orange pink brown grey golden black",
+    "animals": "dog cat horse bird fish sheep cow lion bear rabbit duck mouse",
+    "food": "bread cheese apple soup cake rice egg meat salad pizza honey butter",
+    "vehicles": "car train bus ship truck bicycle plane boat tractor van taxi tram",
+    "buildings": "house church castle tower barn school palace temple hut bridge mill factory",
+    "clothes": "shirt hat coat shoe dress glove scarf sock skirt jacket belt boot",
+    "weather": "rain snow fog storm sunshine wind cloud ice thunder frost mist hail",
+    "materials": "wood stone glass metal paper plastic leather silk clay wool marble steel",
+}
+
+
+def _votes(
+    model: Diffusion, setting: StudySetting, words: list[list[list[Tensor]]], turned: Tensor
+) -> Float[np.ndarray, "half layer head concept"]:
+    """Share of draws in which a concept's word gets most of a head's attention, by half."""
+    rng = np.random.default_rng([19, setting.seed])
+    config, weight = model.module.config, next(model.module.parameters())
+    edge = config.sample_size
+    size = (edge, edge) if isinstance(edge, int) else tuple(edge)
+    latents, *_ = inspect.signature(model.module.forward).parameters
+    votes = []
+    for half in range(2):
+        texts = [
+            [of[half][int(rng.integers(len(of[half])))] @ turned for of in words]
+            for _ in range(setting.size(48, 16))
+        ]
+        noise = torch.from_numpy(rng.standard_normal((len(texts), config.in_channels, *size)))
+        whole = [torch.cat(one) for one in texts]
+        shown = [torch.ones(len(one)) for one in whole]
+        inputs = {
+            latents: noise.to(weight),
+            "timestep": torch.tensor([500], device=weight.device),
+            "encoder_hidden_states": pad_sequence(whole, batch_first=True).to(weight),
+            "encoder_attention_mask": pad_sequence(shown, batch_first=True).to(weight),
+        }
+        seen = token_attention(model, inputs).weights
+        found = []
+        for row, one in zip(seen, texts, strict=True):
+            ends = np.cumsum([0, *map(len, one)])
+            mean = np.stack([row[..., a:b].mean(-1) for a, b in pairwise(ends)], -1)
+            found.append(mean.argmax(-1)[..., None] == np.arange(len(words)))
+        votes.append(np.where(np.isnan(row[..., :1]), -1.0, np.mean(found, 0)))
+    return np.stack(votes)
+
+
+def _relevant(model: Diffusion, setting: StudySetting) -> Evidence:
+    read = setting.need(
+        "read", "a function that embeds a word, as [token width] without start and end"
+    )
+    words = [
+        [
+            [read(word).float().cpu() for word in listed.split()[half * 6 : half * 6 + 6]]
+            for half in range(2)
+        ]
+        for listed in _CONCEPTS.values()
+    ]
+    width = words[0][0][0].shape[-1]
+    draw = torch.Generator().manual_seed(setting.seed)
+    plain = torch.eye(width)
+    turns = [
+        torch.linalg.qr(torch.randn(width, width, generator=draw))[0]
+        for _ in range(setting.size(199, 19))
+    ]
+    found, note = [], ""
+    for number, turned in enumerate([plain, *turns]):
+        first, second = _votes(model, setting, words, turned)
+        layer, head, concept = np.unravel_index(int(first.argmax()), first.shape)
+        found.append(float(second[layer, head, concept]))
+        if not number:
+            note = f"X{layer}H{head}, {list(_CONCEPTS)[concept]}"
+    return above_draws(found[0], np.array(found[1:]), note=note)
+
+
+RELEVANCE = Study(
+    "cross-attention-relevance",
+    "Heads of cross-attention that stand for a visual concept",
+    "Park et al. 2024, Cross-Attention Head Position Patterns Can Align with Human Visual Concepts "
+    "in Text-to-Image Generative Models, arXiv 2412.02237",
+    (
+        Claim(
+            "votes",
+            "A head of a denoiser gives the words of one concept most of the image's attention, "
+            "whichever word it is.",
+            "share of draws in which the concept's word gets most of the head's attention, head "
+            "and concept chosen on other words",
+            "the same with the embeddings of all words turned by a random rotation",
+            _relevant,
+            0.3,
+            "share of draws",
+        ),
+    ),
+    "One word of each of eight concepts at a time, as in the paper's head relevance vectors, but "
+    "in one denoising step from noise and with these words as the text. A rotation of the "
+    "embeddings leaves how alike words are and takes what the heads' keys know of them. Give "
+    "given={'read': ...}, a function from a word to its embedding as the model's pipeline makes "
+    "it.",
+    of="diffusion",
+)
+
+_WRITTEN = (
+    "HOUSE", "RIVER", "BREAD", "MUSIC", "TRAIN", "GREEN", "PAPER", "STONE", "WATER", "LIGHT",
+    "HORSE", "NIGHT", "TABLE", "CLOUD", "HEART", "WORLD",
+)  # fmt: skip
+_INKS = {"red": (215, 15, 15), "blue": (15, 30, 215)}
+_PAGE = 224  # pixels of a picture's side
+Box = tuple[float, float, float, float]
+
+
+def _page(rng: np.random.Generator) -> tuple[Any, list[str], list[Box]]:
+    """A white picture with a word in red and one in blue, one above the other, and their boxes."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    page = Image.new("RGB", (_PAGE, _PAGE), (255, 255, 255))
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=34)
+    words = [str(one) for one in rng.choice(_WRITTEN, 2, replace=False)]
+    boxes: list[Box] = []
+    for word, ink, half in zip(words, _INKS.values(), rng.permutation(2), strict=True):
+        at = (int(rng.integers(8, 60)), int(rng.integers(12, 60)) + 104 * int(half))
+        pen.text(at, word, fill=ink, font=font)
+        left, top, right, bottom = pen.textbbox(at, word, font=font)
+        boxes.append((float(left), float(top), float(right), float(bottom)))
+    return page, words, boxes
+
+
+def _read_words(model: HeadModel, setting: StudySetting, number: int) -> tuple[OcrHeads, OcrHeads]:
+    """Heads that look at the word that is asked for while it is said, and at the other one."""
+    if getattr(model, "image_token", None) is None:
+        raise UnsupportedModelError("it reads no texts with images.")
+    processor = setting.need("processor", "the processor that comes with the model")
+    rng = np.random.default_rng([20, setting.seed + number])
+    pages = [_page(rng) for _ in range(setting.size(32, 16))]
+    asked = rng.integers(0, 2, len(pages)).tolist()
+    texts = [
+        f"{processor.image_token}\nTwo words are written here. The word in {list(_INKS)[which]}:"
+        for which in asked
+    ]
+    read = processor(
+        text=texts, images=[[page] for page, _, _ in pages], return_tensors="pt", padding=True
+    )
+    probe = from_batch(dict(read))
+    keys = image_keys(model, probe, (_PAGE, _PAGE), processor=processor.image_processor)
+    said = [words[which] for (_, words, _), which in zip(pages, asked, strict=True)]
+    answers = [processor.tokenizer(one, add_special_tokens=False)["input_ids"] for one in said]
+    boxes = [
+        [one[which] for (_, _, one), which in zip(pages, turn, strict=True)]
+        for turn in (asked, [1 - one for one in asked])
+    ]
+    own, other = (ocr_heads(model, probe, keys.evidence(one), answers, keys) for one in boxes)
+    return own, other
+
+
+def _reads(model: HeadModel, setting: StudySetting) -> Evidence:
+    (first, beside), (own, other) = (_read_words(model, setting, k) for k in range(2))
+    lead = np.nanmean(first.score.per_example - beside.score.per_example, -1)
+    layer, head = np.unravel_index(int(np.nanargmax(lead)), lead.shape)
+    return paired(
+        own.score.per_example[layer, head],
+        other.score.per_example[layer, head],
+        note=str(HeadIndex(int(layer), int(head))),
+        results={"ocr": own.score},
+    )
+
+
+OCR = Study(
+    "ocr-heads",
+    "Heads that look at a written word while it is said",
+    "Baek et al. 2025, How Do Large Vision-Language Models See Text in Image? Unveiling the "
+    "Distinctive Role of OCR Heads, arXiv 2505.15865",
+    (
+        Claim(
+            "reads",
+            "A head attends most to where the word is written that is asked for, while the word is "
+            "said.",
+            "OCR score of the head that was chosen on other pictures",
+            "the same head on the place of the other word in the picture",
+            _reads,
+            MATTERS,
+            "share of answer tokens",
+        ),
+    ),
+    "Pictures with two words, in red and in blue, one of which is asked for; the other one is the "
+    "control, so that a head that looks at whatever is written scores nothing. Teacher-forced; the "
+    "paper decodes. Give given={'processor': ...}, the model's own processor.",
+)
+ALL = (
+    EMERGENCE, GROUPS, RECALL, ALIGNMENT, IMAGES, DETACHED, VIT, CLASS_SPACE, TEXT_SPAN, RELEVANCE,
+    OCR,
+)  # fmt: skip

@@ -4,7 +4,8 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from importlib.util import module_from_spec, spec_from_file_location
 from math import isnan, nan
 from pathlib import Path
@@ -15,8 +16,11 @@ from headscope.base.arguments import checked
 from headscope.base.files import FolderClaim, subfolder, whole_file, whole_page
 from headscope.base.options import Advance, RunOptions, track
 from headscope.base.result import Drawn, Rows, Section
-from headscope.errors import HeadscopeError, InputError, nearest
+from headscope.base.specs import Provenance
+from headscope.diffusion import Diffusion
+from headscope.errors import HeadscopeError, InputError, UnsupportedModelError, nearest
 from headscope.models.protocol import HeadModel
+from headscope.models.running import Digest, all_weights
 from headscope.origin import origin
 from headscope.plots import figures_of
 from headscope.probes import random_tokens
@@ -33,6 +37,7 @@ from headscope.studies.study import (
     unasked,
 )
 from headscope.table import versions
+from headscope.vision import Clip
 
 # Built-in studies by name; add those of a new file here.
 STUDIES: Mapping[str, Study] = MappingProxyType(
@@ -43,6 +48,14 @@ STUDIES: Mapping[str, Study] = MappingProxyType(
     }
 )
 _FOLDER = "studies"
+Subject = HeadModel | Clip | Diffusion
+# By what a study is asked of: what it takes.
+_TAKES = {
+    "model": "a model of texts or images: give what hs.load returns",
+    "clip": "a model of images beside one of texts: give what hs.vision.clip returns",
+    "diffusion": "a denoiser of images: give what hs.diffusion.load returns (pip install "
+    "'headscope[diffusion]')",
+}
 
 
 @dataclass(frozen=True)
@@ -106,11 +119,12 @@ def show(name: "str | Path | Study") -> Study:
 @checked
 def run(
     study: "str | Path | Study",
-    model: HeadModel,
+    model: HeadModel | Clip | Diffusion,
     out: "str | Path | None" = None,
     fast: bool = False,
     *,
     seed: int = 0,
+    given: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> StudyResult:
@@ -119,12 +133,15 @@ def run(
     Args:
         study: name of a built-in study (see ``hs.studies.list()``), a Python file that defines
             ``STUDY``, or a :class:`~headscope.studies.Study`.
-        model: from :func:`headscope.load`.
+        model: from :func:`headscope.load`, or what ``study.of`` names. Of a model of images and
+            texts, the image half is asked the studies of models.
         out: output folder. Each answer is written as soon as it is measured, and a later run with
             the same model and settings resumes there. Studies of one model can share a folder; its
             ``index.html`` shows all of them.
         fast: use fewer and shorter examples.
         seed: seed for all sampling.
+        given: what a study needs beside the model, by name, such as ``{"processor": processor}``.
+            A claim that lacks it says so.
         overwrite: replace studies of another model or with other settings in the folder.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
@@ -139,29 +156,31 @@ def run(
         >>> sorted(result.verdicts)
         ['ov', 'qk']
     """
-    setting = StudySetting(fast, RunOptions(seed=seed).seed)
+    setting = StudySetting(fast, RunOptions(seed=seed).seed, given or {})
     return _run(show(study), model, out, setting, overwrite, progress)
 
 
 @checked
 def run_all(
-    model: HeadModel,
+    model: HeadModel | Clip | Diffusion,
     out: "str | Path | None" = None,
     fast: bool = False,
     *,
     studies: "Sequence[str | Path | Study] | None" = None,
     seed: int = 0,
+    given: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
 ) -> dict[str, StudyResult]:
     """Test the claims of several studies on a model, sharing probes and passes.
 
     Args:
-        model: from :func:`headscope.load`.
+        model: as in :func:`run`.
         out: output folder for all studies; see :func:`run`.
         fast: use fewer and shorter examples.
         studies: studies to run, each as in :func:`run`. Default: all built-in studies.
         seed: seed for all sampling.
+        given: as in :func:`run`.
         overwrite: replace the contents of the folder.
         progress: show progress bars. Default: only in a terminal or notebook, after 2 s.
 
@@ -177,7 +196,7 @@ def run_all(
         ['low-rank', 'attention-sinks']
     """
     found = [show(one) for one in (STUDIES if studies is None else studies)]
-    setting = StudySetting(fast, RunOptions(seed=seed).seed)
+    setting = StudySetting(fast, RunOptions(seed=seed).seed, given or {})
     results = {}
     for number, study in enumerate(found):
         again = overwrite and number == 0  # later ones join the first's folder
@@ -187,7 +206,7 @@ def run_all(
 
 @checked
 def cost(
-    model: HeadModel,
+    model: HeadModel | Clip | Diffusion,
     studies: "Sequence[str | Path | Study] | None" = None,
     fast: bool = False,
     *,
@@ -201,7 +220,7 @@ def cost(
     magnitude.
 
     Args:
-        model: from :func:`headscope.load`.
+        model: as in :func:`run`.
         studies: studies to run, each as in :func:`run`. Default: all built-in studies.
         fast: estimate the fast form.
         out: output folder; claims already answered there are not counted.
@@ -233,8 +252,10 @@ def cost(
     return StudyCost(len(left), forwards, forwards * _seconds_of_a_pass(model), unknown)
 
 
-def _seconds_of_a_pass(model: HeadModel) -> float:
+def _seconds_of_a_pass(model: Subject) -> float:
     """Seconds per pass over 64 tokens, timed on the second of two."""
+    if isinstance(model, Clip | Diffusion):
+        raise UnsupportedModelError("costs are estimated for models that read tokens only.")
     probe = random_tokens(model, length=min(64, (model.shape.n_ctx or 64) - 2), batch=1)
     seconds = 0.0
     for _ in range(2):
@@ -246,38 +267,74 @@ def _seconds_of_a_pass(model: HeadModel) -> float:
 
 def _run(
     found: Study,
-    model: HeadModel,
+    model: Subject,
     out: "str | Path | None",
     setting: StudySetting,
     overwrite: bool,
     progress: bool | None,
 ) -> StudyResult:
     """Run one study; its claims share cached probes and results."""
-    seed, fast = setting.seed, setting.fast
+    about = _origin(model, seed=setting.seed, study=found.name, fast=setting.fast)
     asked = {
-        "model": model.name,
-        "revision": model.revision,
-        "weights": model.digest(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "seed": seed,
-        "fast": fast,
+        "model": about.model,
+        "revision": about.revision,
+        "weights": about.weight_digest,
+        "dtype": about.dtype,
+        "seed": setting.seed,
+        "fast": setting.fast,
         "headscope": versions().get("headscope"),
     }
     place = None if out is None else _claimed(Path(out), found, asked, overwrite)
     with track(len(found.claims), f"study {found.name}", show=progress) as advance:
-        answers = [_ask(claim, model, setting, place, advance) for claim in found.claims]
+        answers = [_ask(found, claim, model, setting, place, advance) for claim in found.claims]
     result = StudyResult(
         found.name,
         found.title,
         found.paper,
         tuple(answers),
-        origin(model, seed=seed, study=found.name, fast=fast),
-        fast,
+        about,
+        setting.fast,
     )
     if place is not None:
         result.save(place / "result.safetensors")
         whole_page(Path(str(out)) / "index.html", page_of(Path(str(out))))
     return result
+
+
+def _origin(model: Subject, *, seed: int, **facts: Any) -> Provenance:
+    """Where answers come from, whatever they were asked of."""
+    if isinstance(model, Clip):
+        seen = origin(model.vision, seed=seed, **facts)
+        both = sha256(f"{seen.weight_digest} {model.text.digest()}".encode()).hexdigest()
+        return replace(seen, model=seen.model.removesuffix(" (vision)"), weight_digest=both)
+    if not isinstance(model, Diffusion):
+        return origin(model, seed=seed, **facts)
+    weight = next(model.module.parameters())
+    return Provenance(
+        model=model.name,
+        weight_digest=Digest().of(all_weights(model.module)),
+        path="diffusers",
+        dtype=str(weight.dtype).removeprefix("torch."),
+        device=weight.device.type,
+        probe=facts,
+        seed=seed,
+        versions=versions(),
+    )
+
+
+def _suited(study: Study, model: Subject) -> Any:
+    """What a study is asked of.
+
+    Raises:
+        UnsupportedModelError: if the model is of another kind.
+    """
+    kinds = {Clip: "clip", Diffusion: "diffusion"}
+    kind = kinds.get(type(model), "model")
+    if kind == "clip" and study.of == "model":
+        return model.vision  # type: ignore[union-attr]
+    if kind != study.of:
+        raise UnsupportedModelError(f"this is asked of {_TAKES[study.of]}.")
+    return model
 
 
 @checked
@@ -342,14 +399,19 @@ def _claimed(out: Path, study: Study, asked: Mapping[str, Any], overwrite: bool)
 
 
 def _ask(
-    claim: Claim, model: HeadModel, setting: StudySetting, place: Path | None, advance: Advance
+    study: Study,
+    claim: Claim,
+    model: Subject,
+    setting: StudySetting,
+    place: Path | None,
+    advance: Advance,
 ) -> Answer:
     """Load an answer, or measure and write it."""
     file = None if place is None else place / f"{claim.name}.json"
     if file is not None and file.exists():
         answer = _read(file)
     else:
-        answer = _measured(claim, model, setting, place)
+        answer = _measured(study, claim, model, setting, place)
         if file is not None:
             with whole_file(file) as written:
                 written.write(_json(answer))
@@ -379,9 +441,11 @@ def _read(file: Path) -> Answer:
         ) from None
 
 
-def _measured(claim: Claim, model: HeadModel, setting: StudySetting, place: Path | None) -> Answer:
+def _measured(
+    study: Study, claim: Claim, model: Subject, setting: StudySetting, place: Path | None
+) -> Answer:
     try:
-        found = claim.ask(model, setting)
+        found = claim.ask(_suited(study, model), setting)
     except HeadscopeError as error:
         return unasked(claim, error)
     if place is not None and found.results:

@@ -57,16 +57,36 @@ class StudySetting:
         fast: use fewer and shorter examples, for a first look and for tests.
         seed: seed for all sampling; heads are chosen on probes with this seed and measured on
             probes with the next.
+        given: what a study needs beside the model, by name, such as a processor.
         kept: values shared by the claims of one run on one model; see :meth:`share`.
     """
 
     fast: bool = False
     seed: int = 0
+    given: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     kept: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def size(self, whole: int, fast: int) -> int:
         """Pick the full or the fast size."""
         return fast if self.fast else whole
+
+    def need(self, name: str, what: str) -> Any:
+        """Look up what was given beside the model.
+
+        Args:
+            name: name in ``given``.
+            what: description for the error message.
+
+        Raises:
+            UnsupportedModelError: if it was not given.
+
+        Example:
+            >>> StudySetting(given={"processor": 1}).need("processor", "the model's processor")
+            1
+        """
+        if name not in self.given:
+            raise UnsupportedModelError(f"it takes {what}: pass given={{{name!r}: ...}}.")
+        return self.given[name]
 
     def share(self, key: tuple[Any, ...], make: Callable[[], _T]) -> _T:
         """Compute a value once for all claims of a run; an error is cached and raised again.
@@ -217,7 +237,7 @@ class Claim:
     statement: str
     value: str
     control: str
-    ask: Callable[[HeadModel, StudySetting], Evidence]
+    ask: Callable[[Any, StudySetting], Evidence]
     least: float = 0.0
     unit: str = ""
 
@@ -232,6 +252,8 @@ class Study(Shown):
         paper: authors, year, title and arXiv number.
         claims: claims, in the order in which they are tested.
         about: what is measured, and how it differs from the paper.
+        of: kind of model that it is asked of: ``model`` (from :func:`headscope.load`), ``clip``
+            (:func:`headscope.vision.clip`) or ``diffusion`` (:func:`headscope.diffusion.load`).
     """
 
     name: str
@@ -239,6 +261,7 @@ class Study(Shown):
     paper: str
     claims: tuple[Claim, ...]
     about: str
+    of: Literal["model", "clip", "diffusion"] = "model"
 
     def __post_init__(self) -> None:
         """Reject duplicate claim names, since their answers would overwrite each other.
@@ -533,6 +556,24 @@ def _playing(name: str, head: HeadIndex, found: Evidence) -> HeadIndex:
             f"{found.control:.2f})."
         )
     return head
+
+
+def above_draws(
+    value: float,
+    draws: Float[np.ndarray, " draw"],
+    *,
+    note: str = "",
+    results: Mapping[str, object] | None = None,
+) -> Evidence:
+    """Evidence of one number against the same number in draws of a control.
+
+    The interval is from the value less the draws' quantiles: it lies above 0 where the value is
+    above all but a two-hundredth of the draws, as in a permutation test.
+    """
+    low, high = value - np.quantile(draws, [0.5 + LEVEL / 2, 0.5 - LEVEL / 2], method="higher")
+    return Evidence(
+        float(value), float(draws.mean()), float(low), float(high), len(draws), note, results or {}
+    )
 
 
 def rank_correlation(

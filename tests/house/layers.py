@@ -80,7 +80,8 @@ ALLOWED: dict[str, set[str]] = {
     "testing": _RUNS_MODELS | {"circuits", "lens", "scoring", "ablation", "pruning"},
     "studies": _RUNS_MODELS
     | {"circuits", "lens", "geometry", "scoring", "ablation", "pruning", "retrieval", "alignment"}
-    | {"comparing", "edges", "flow", "kinds", "relevance", "steering", "vision", "plots", "report"},
+    | {"comparing", "edges", "flow", "kinds", "relevance", "steering", "vision", "diffusion"}
+    | {"plots", "report"},
     "__main__": {"cli"},
 }
 

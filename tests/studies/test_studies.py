@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,21 @@ from scipy.stats import t as student
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 import headscope as hs
 from docs.pages.studies import study_pages
@@ -28,6 +38,7 @@ from headscope.errors import InputError, UnsupportedModelError
 from headscope.models import bundled
 from headscope.models.protocol import HeadModel
 from headscope.studies import Claim, Evidence, Study, StudyResult, StudySetting, paired
+from headscope.studies.forms import _CONCEPTS, _TOLD, _WRITTEN, _discs, _names
 from headscope.studies.readings import _MEANINGS
 from headscope.studies.study import answered, need_skill, prose, rank_correlation, unpaired
 from tests.cli.support import run, sentence
@@ -495,3 +506,245 @@ def test_a_translation_by_way_of_english_is_seen_in_the_middle() -> None:
     assert said == (
         "8 of 40 words are single tokens of its tokenizer in English and in German: it takes 12."
     )
+
+
+def clip_of_colours(*, seed: int = 0, swapped: bool = False) -> Any:
+    """Pictures' colour in L0H0, their place in L0H1, and texts that name both in the same space.
+
+    Streams hold what they say and its opposite, so that norms only scale. Texts are what the heads
+    write for their colour or place; ``swapped`` gives each colour the text of the next.
+    """
+    torch.manual_seed(seed)
+    words = sorted(
+        {
+            word
+            for kind in _TOLD
+            for name in _names(kind)
+            for word in _TOLD[kind].format(name).split()
+        }
+    )
+    ids = {word: number for number, word in enumerate(["[BOS]", "[EOS]", "[PAD]", *words])}
+    wide = {
+        "hidden_size": 14,
+        "intermediate_size": 4,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+    }
+    config = CLIPConfig(
+        vision_config={**wide, "image_size": 24, "patch_size": 8},
+        text_config={
+            **wide,
+            "vocab_size": len(ids),
+            "eos_token_id": 1,
+            "bos_token_id": 0,
+            "pad_token_id": 2,
+            "max_position_embeddings": 16,
+        },
+        projection_dim=5,
+    )
+    module = CLIPModel(config).eval()
+    for name, weight in module.named_parameters():
+        weight.requires_grad_(False)
+        if weight.ndim > 1 or name.endswith("bias") or "class_embedding" in name:
+            weight.zero_()
+    constant = torch.tensor([0.0] * 10 + [1.0, -1.0, 0.0, 0.0])
+    first = torch.tensor([0.0] * 10 + [1.0, -1.0, 1.0, -1.0])
+
+    def both(rows: Tensor) -> Tensor:
+        """Five numbers and their opposites, and the constant."""
+        return torch.cat([rows, -rows, torch.zeros(*rows.shape[:-1], 4)], -1) + constant
+
+    sees = module.vision_model
+    for channel in range(3):
+        filters = sees.embeddings.patch_embedding.weight
+        filters[channel, channel], filters[channel + 5, channel] = 1 / 64, -1 / 64
+    turns = [2 * math.pi * place / 9 for place in range(9)]
+    grid = torch.tensor([[0, 0, 0, 0.1 * math.sin(a), 0.1 * math.cos(a)] for a in turns])
+    sees.embeddings.position_embedding.weight.copy_(torch.cat([first[None], both(grid)]))
+    block = sees.encoder.layers[0].self_attn
+    for head in range(2):  # the class token looks at what is bright
+        block.q_proj.weight[7 * head, 10] = 100.0
+        block.k_proj.weight[7 * head, :3], block.k_proj.weight[7 * head, 12] = 10.0, -100.0
+    for at in range(3):
+        block.v_proj.weight[at, at] = 1.0
+        block.out_proj.weight[at, at], block.out_proj.weight[at + 5, at] = 1.0, -1.0
+    for at in range(2):
+        block.v_proj.weight[7 + at, 3 + at] = 1.0
+        block.out_proj.weight[3 + at, 7 + at], block.out_proj.weight[8 + at, 7 + at] = 1.0, -1.0
+    reads = module.text_model
+    attends = reads.encoder.layers[0].self_attn
+    attends.v_proj.weight.copy_(torch.eye(14))
+    attends.out_proj.weight.copy_(torch.eye(14))
+    for projection in (module.visual_projection, module.text_projection):
+        projection.weight[:, :5] = torch.eye(5)
+    special = {"bos_token": "[BOS]", "eos_token": "[EOS]", "pad_token": "[PAD]"}
+    made = Tokenizer(WordLevel(ids, unk_token="[PAD]"))  # noqa: S106
+    made.pre_tokenizer = WhitespaceSplit()
+    made.post_processor = TemplateProcessing(
+        single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 0), ("[EOS]", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, **special)
+    clip = hs.vision.clip(module, tokenizer=tokenizer)
+    pictures, labels = _discs(StudySetting(), 7)
+    writes = hs.vision.contributions(clip.vision, hs.probes.images(clip.vision, pictures)).heads
+    vectors = torch.zeros(len(ids), 5)
+    for head, kind in enumerate(_TOLD):
+        own = writes[:, 0, head] - writes[:, 0, head].mean(0)
+        for number, name in enumerate(_names(kind)):
+            mean = torch.from_numpy(own[labels[kind] == number].mean(0))
+            told = _names(kind)[(number + 1) % len(_names(kind))] if swapped else name
+            vectors[ids[told]] = torch.nn.functional.normalize(mean, dim=0)
+    reads.embeddings.token_embedding.weight.copy_(both(vectors))
+    return clip
+
+
+def test_heads_of_clip_that_tell_colour_and_place_are_found() -> None:
+    clip = clip_of_colours()
+    found = hs.studies.run("clip-text-span", clip, fast=True)
+    assert set(found.verdicts.values()) == {"holds"}, found
+    assert found["colour"].because == "L0H0"
+    assert found["place"].because == "L0H1"
+    swapped = hs.studies.run("clip-text-span", clip_of_colours(swapped=True), fast=True)
+    assert swapped.verdicts["colour"] == swapped.verdicts["place"] == "does not hold"
+    assert "no head of it names" in swapped["specialised"].because
+
+
+def unet_of_concepts(*, seed: int = 0, planted: bool = True) -> tuple[Any, Callable[[str], Tensor]]:
+    """A UNet whose first head's keys read the direction of animals, and an embedding of words.
+
+    A word is its concept's direction and three times as much of its own.
+    """
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(seed)
+    module = diffusers.UNet2DConditionModel(
+        sample_size=4, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8,),
+        norm_num_groups=4, cross_attention_dim=64, attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+    ).eval()  # fmt: skip
+    concepts = list(_CONCEPTS)
+    own = {word: number for number, word in enumerate(" ".join(_CONCEPTS.values()).split())}
+    drawn = torch.randn(len(own), 56, generator=torch.Generator().manual_seed(seed))
+    layer = module.down_blocks[0].attentions[0].transformer_blocks[0].attn2
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            if weight.ndim == 2 and "attn" in name:
+                weight.normal_(0, 0.4)
+        if planted:  # the score of a key is its animal part, whatever the query
+            size = layer.to_k.weight.shape[0] // layer.heads
+            layer.to_q.weight[:size], layer.to_k.weight[:size] = 0, 0
+            layer.to_k.weight[0, concepts.index("animals")] = 50.0
+            layer.to_q.weight[0] = 1.0
+            block = module.down_blocks[0].attentions[0].transformer_blocks[0]
+            block.norm2.weight.zero_()
+            block.norm2.bias.fill_(1.0)
+
+    def read(word: str) -> Tensor:
+        concept = next(at for at, one in enumerate(_CONCEPTS.values()) if word in one.split())
+        unit = torch.nn.functional.normalize(drawn[own[word]], dim=0)
+        return torch.cat([torch.eye(8)[concept], 3 * unit])[None]
+
+    return hs.diffusion.load(module), read
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_head_that_votes_for_animals_is_told_from_heads_that_read_any_direction() -> None:
+    model, read = unet_of_concepts()
+    found = hs.studies.run("cross-attention-relevance", model, fast=True, given={"read": read})
+    assert found.verdicts == {"votes": "holds"}
+    assert found["votes"].because == "X0H0, animals"
+    other, read = unet_of_concepts(seed=1, planted=False)
+    wild = hs.studies.run("cross-attention-relevance", other, fast=True, given={"read": read})
+    assert wild.verdicts == {"votes": "does not hold"}
+    untold = hs.studies.run("cross-attention-relevance", model, fast=True)["votes"].because
+    assert untold.startswith("it takes a function that embeds a word")
+    asked = hs.studies.run("cross-attention-relevance", hs.load(), fast=True)["votes"].because
+    assert "pip install 'headscope[diffusion]'" in asked
+
+
+class Reader:
+    """A processor for a tower of 64 x 64 pixels and texts that are split at blanks."""
+
+    image_token = "<image>"  # noqa: S105
+
+    def __init__(self) -> None:
+        words = ["<s>", "<image>", "red:", "blue:", *_WRITTEN]
+        self.ids = {word: number for number, word in enumerate(words)}
+        square = {"height": 64, "width": 64}
+        self.image_processor = LlavaImageProcessorPil(
+            size={"shortest_edge": 64}, crop_size=square, resample=4
+        )
+
+    def tokenizer(self, text: str, **_settings: Any) -> dict[str, list[int]]:
+        return {"input_ids": [self.ids.get(word, 0) for word in text.split()]}
+
+    def __call__(self, text: list[str], images: list[list[Any]], **_settings: Any) -> Any:
+        ids = [self.tokenizer(one.replace("<image>", "<image> " * 64))["input_ids"] for one in text]
+        pixels = self.image_processor([one for row in images for one in row], return_tensors="pt")
+        return {"input_ids": torch.tensor(ids), "pixel_values": pixels["pixel_values"]}
+
+
+def reading_model(processor: Reader, *, planted: bool, seed: int = 0) -> HeadModel:
+    """A LLaVA whose L1H2 looks for ink of the colour that the last word of the question names."""
+    torch.manual_seed(seed)
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+    vision = CLIPVisionConfig(**small, num_hidden_layers=2, image_size=64, patch_size=8)
+    text = LlamaConfig(
+        **small, num_hidden_layers=2, vocab_size=len(processor.ids), num_key_value_heads=2,
+        max_position_embeddings=128,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=1, image_seq_length=64
+    )
+    module = LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, weight in module.named_parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 0.3)
+            if planted and name.endswith(
+                ("out_proj.weight", "fc2.weight", "o_proj.weight", "down_proj.weight")
+            ):
+                weight.zero_()
+        if planted:
+            tower, model = module.model.vision_tower, module.model.language_model
+            tower.embeddings.position_embedding.weight.zero_()
+            tower.embeddings.position_embedding.weight[:, 2:4] = torch.tensor([3.0, -3.0])
+            ink = tower.embeddings.patch_embedding.weight
+            ink.zero_()
+            ink[0, 0], ink[0, 2] = 1 / 64, -1 / 64  # red less blue, mean of a patch
+            between = module.model.multi_modal_projector
+            for weight in (
+                between.linear_1.weight,
+                between.linear_2.weight,
+                model.embed_tokens.weight,
+            ):
+                weight.zero_()
+            between.linear_1.weight[0, 0], between.linear_1.weight[1, 0] = 20.0, -20.0
+            between.linear_2.weight[4, 0] = between.linear_2.weight[5, 1] = 1.0
+            between.linear_2.bias[8] = 1.0
+            model.embed_tokens.weight[:, 8] = 1.0
+            model.embed_tokens.weight[processor.ids["red:"], 6] = 1.0
+            model.embed_tokens.weight[processor.ids["blue:"], 7] = 1.0
+            attends = model.layers[1].self_attn  # planes 3 and 7 hardly turn
+            query, key = attends.q_proj.weight[16:24], attends.k_proj.weight[8:16]
+            query.zero_(), key.zero_()
+            query[3, 6] = query[7, 7] = key[3, 4] = key[7, 5] = 10.0
+    return hs.load(module, check=False)
+
+
+def test_a_head_that_looks_at_the_word_that_is_asked_for_is_found() -> None:
+    processor = Reader()
+    given = {"processor": processor}
+    found = hs.studies.run(
+        "ocr-heads", reading_model(processor, planted=True), fast=True, given=given
+    )
+    assert found.verdicts == {"reads": "holds"}
+    assert found["reads"].because == "L1H2"
+    for seed in range(3):
+        wild = reading_model(processor, planted=False, seed=seed)
+        none = hs.studies.run("ocr-heads", wild, fast=True, given=given)
+        assert none.verdicts == {"reads": "does not hold"}
+    untold = hs.studies.run("ocr-heads", wild, fast=True)["reads"].because
+    assert (
+        untold == "it takes the processor that comes with the model: pass given={'processor': ...}."
+    )
+    assert "no texts with images" in hs.studies.run("ocr-heads", hs.load())["reads"].because
