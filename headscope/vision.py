@@ -1126,7 +1126,7 @@ def image_keys(
     """
     need_model(model)
     capture.need_probe(probe)
-    found = getattr(model, "image_keys", None)
+    found = getattr(model, "image_boxes", None)
     if found is None:
         raise UnsupportedModelError(f"{model.name} does not read texts with images in them.")
     keys: ImageKeys = found(Texts.of(probe), sizes, tiles, processor)
