@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import InitVar, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headscope.base.options import Advance, free_cached_memory, is_out_of_memory, keep_freed_memory
 from headscope.base.stacks import all_causal
-from headscope.edits import Variant, cut, first_layer, scale, stack, zero
+from headscope.edits import Span, Variant, cut, first_layer, scale, stack, zero
 from headscope.errors import HeadscopeError, UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.interventions import Place
@@ -33,6 +33,11 @@ from headscope.probes.probe import Probe
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 _HALF_TOLERANCE = 5e-2
 _TRIAL_LENGTH = 32
+# The last block is cut to the positions read only where that spares at least half of them.
+_FEW_ROWS = 0.5
+Found = TypeVar("Found")
+# Rows of the last block that run: those whose logits are read, the first of each example, or all.
+Lean = Literal["read", "first", "all"]
 
 
 @runtime_checkable
@@ -189,9 +194,11 @@ class ResumedSource(ForwardSource):
 
     Attributes:
         clean_pass: the recorded clean pass; None: every block runs.
+        lean: which rows of the last block run; None: all of every block that runs.
     """
 
     clean_pass: Resumable | None = None
+    lean: Lean | None = None
 
     def start(self, variant: Variant) -> tuple[int, int]:
         """First layer that a variant has to recompute, at all positions."""
@@ -203,9 +210,58 @@ class ResumedSource(ForwardSource):
     ) -> AbstractContextManager[None]:
         if self.clean_pass is None:
             return nullcontext()
-        layers = [self.start(variant)[0] for variant in variants]
-        layers += [0 if tap.layer is None else tap.layer for tap in taps]
-        return self.clean_pass.before(min(layers), len(variants))
+        layer = min(self.start(variant)[0] for variant in variants)
+        if taps or self.lean is None:
+            first = [layer, *(0 if tap.layer is None else tap.layer for tap in taps)]
+            return self.clean_pass.before(min(first), len(variants))
+        rows = rows_read(self.clean_pass.model, self._texts, self.read, self.lean)
+        return lean_pass(self.clean_pass, self._texts, rows, layer, variants)
+
+
+def rows_read(
+    model: HFModel | StackView, texts: Texts, read: Bool[Tensor, "batch pos"], lean: Lean
+) -> Int[Tensor, " row"] | None:
+    """Rows of the last block that have to run; None: all, or so many that it spares little.
+
+    Args:
+        model: that is run.
+        texts: a batch.
+        read: positions whose logits are read.
+        lean: which of them count: of images, the first are those of class and register tokens.
+    """
+    length = model.n_queries(texts)
+    if lean == "all" or not isinstance(model, HFModel):
+        return None
+    if lean == "read":
+        rows = read.cpu().any(0).nonzero()[:, 0]
+    elif model.grid is not None:
+        rows = torch.arange(model.grid.first)
+    else:
+        shown = torch.ones(1, length) if texts.real is None else texts.real.cpu().int()
+        rows = shown.argmax(1).unique()
+    return rows.to(model.device) if 0 < len(rows) <= _FEW_ROWS * length else None
+
+
+def lean_pass(
+    clean: Resumable,
+    texts: Texts,
+    rows: Int[Tensor, " row"] | None,
+    layer: int,
+    variants: Sequence[Variant],
+) -> AbstractContextManager[None]:
+    """Scope in which a stack of variants runs what their edits change and what is read.
+
+    Args:
+        clean: the recorded pass.
+        texts: its batch.
+        rows: of the last block; see :func:`rows_read`.
+        layer: first that is edited.
+        variants: of the stack.
+    """
+    length, real = clean.model.n_queries(texts), texts.real
+    padded = None if real is None or real.shape[1] != length else real.repeat(len(variants), 1)
+    span = Span(0, length, length, real=padded)
+    return clean.edited(layer, tuple(one.during(span) for one in stack(variants)), rows)
 
 
 @dataclass(frozen=True)
@@ -217,12 +273,15 @@ class Engine:
         prefix: whether positions before the first edit can be kept.
         noop_error: largest difference of logits, as a share of the largest logit.
         resumes: whether whole passes can start from a clean pass at the first edited block.
+        lean: which rows of the last block these run, where they leave out attention of the first
+            one, whose outputs are known; None: they run all of every block.
     """
 
     replays: bool
     prefix: bool
     noop_error: float
     resumes: bool = False
+    lean: Lean | None = None
 
     @property
     def name(self) -> str:
@@ -242,7 +301,9 @@ class Engine:
         """Prepare a batch; ``inputs`` are model inputs other than tokens."""
         if self.resumes and isinstance(model, HFModel | StackView):
             clean = Resumable.of(model, Texts(tokens, real, inputs))
-            return ResumedSource(model, tokens, real, read, inputs=inputs, clean_pass=clean)
+            return ResumedSource(
+                model, tokens, real, read, inputs=inputs, clean_pass=clean, lean=self.lean
+            )
         if not self.replays or not isinstance(model, HFModel):
             return ForwardSource(model, tokens, real, read, inputs=inputs)
         padding = None if bool(real.all()) else real
@@ -298,33 +359,59 @@ def _whole(model: HeadModel, texts: Texts) -> Engine:
     assert own is not None  # noqa: S101  # logits were asked for
     assert again is not None  # noqa: S101
     error = (again - own).abs().max() / own.abs().max().clamp_min(1e-12)
-    return Engine(False, False, float(error), resumes=_resumes(model, first))
+    return replace(_resuming(model, first), noop_error=float(error))
 
 
-def _resumes(model: HeadModel, texts: Texts) -> bool:
-    """Whether a pass resumed at a middle layer, with all heads zeroed, equals a whole pass."""
+def _resuming(model: HeadModel, texts: Texts) -> Engine:
+    """Engine of whole passes, resumed if that equals a whole pass, and lean if that does too."""
+    whole = Engine(False, False, 0.0)
     if not isinstance(model, HFModel | StackView) or use_of(model.module).scopes:
-        return False
-    layers = model.shape.attention_layers
-    layer = layers[len(layers) // 2]
-    off = [(scale([head for head in model.shape.heads if head.layer == layer], 0.0),)] * 2
+        return whole
+    clean = _unless_unsupported(lambda: Resumable.of(model, texts))
+    if clean is None:
+        return whole
+    pools = isinstance(model, HFModel) and (model.grid is not None or model.pooling is not None)
+    ways: tuple[Lean | None, ...] = ("first" if pools else "read", "all", None)
+    for lean in ways:
+        if _unless_unsupported(partial(_agrees, model, texts, clean, lean)):
+            return replace(whole, resumes=True, lean=lean)
+    return whole
+
+
+def _unless_unsupported(found: Callable[[], Found]) -> Found | None:
+    """What a function returns; None where blocks are called in a way that it does not support."""
     try:
-        clean = Resumable.of(model, texts)
-        if clean is None:
-            return False
-        whole = model.run(texts, writes=writes_of(off[0]))
-        with clean.before(layer, copies=2):
-            again = model.run(texts.repeated(2), writes=writes_of(stack(off)))
+        return found()
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
-        return False  # the block is called in a way that the replay does not support
-    assert whole is not None  # noqa: S101  # logits were asked for
-    assert again is not None  # noqa: S101
-    size = float(whole.float().abs().max()) or 1.0
-    difference = again.float().unflatten(0, (2, -1)) - whole.float()
-    limit = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
-    return bool(difference.abs().max() <= limit * size)  # False if one is NaN
+        return None
+
+
+def _agrees(model: HFModel | StackView, texts: Texts, clean: Resumable, lean: Lean | None) -> bool:
+    """Whether a pass resumed at a middle and at the last layer, with all heads zeroed, is right."""
+    layers = model.shape.attention_layers
+    length = model.n_queries(texts)
+    at = torch.tensor([min(int(texts.tokens.shape[1]), length) - 1])
+    read = torch.zeros(len(texts.tokens), length, dtype=torch.bool)
+    read[:, at] = True
+    for layer in dict.fromkeys((layers[len(layers) // 2], layers[-1])):
+        off = [(scale([head for head in model.shape.heads if head.layer == layer], 0.0),)] * 2
+        whole = model.run(texts, writes=writes_of(off[0]), logits_at=at)
+        rows = None if lean is None else rows_read(clean.model, texts, read, lean)
+        scope: AbstractContextManager[None] = clean.before(layer, copies=2)
+        if lean is not None:
+            scope = lean_pass(clean, texts, rows, layer, off)
+        with scope:
+            again = model.run(texts.repeated(2), writes=writes_of(stack(off)), logits_at=at)
+        assert whole is not None  # noqa: S101  # logits were asked for
+        assert again is not None  # noqa: S101
+        size = float(whole.float().abs().max()) or 1.0
+        difference = again.float().unflatten(0, (2, -1)) - whole.float()
+        limit = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
+        if not bool(difference.abs().max() <= limit * size):  # also if one is NaN
+            return False
+    return True
 
 
 def _tried_twice(model: HeadModel, tokens: Tensor, real: Tensor) -> Engine:
@@ -376,7 +463,8 @@ def _tried(model: HeadModel, tokens: Tensor, real: Tensor, *, replay: bool = Tru
                 return Engine(True, prefix, error)
     engine = Engine(False, False, 0.0)
     error = _largest(_noop_errors, model, engine, tokens, real, read, own)
-    return Engine(False, False, error, replay and _resumes(model, Texts(tokens, real)))
+    engine = _resuming(model, Texts(tokens, real)) if replay else engine
+    return replace(engine, noop_error=error)
 
 
 def _largest(

@@ -204,3 +204,54 @@ def test_models_that_are_not_replayed_begin_at_the_first_edited_block(name: str)
     values = source.values_at(variants, [Tap("z", 0)])
     model.run(texts, reads={Tap("z", 0): lambda view: ran.append(view.value)}, logits_at=where)
     torch.testing.assert_close(values[Tap("z", 0)][1], ran[-1])
+
+
+@pytest.mark.parametrize("name", ["encoder", "images", "decoder", "cross"])
+def test_resumed_passes_run_no_more_of_a_block_than_an_edit_can_change(name: str) -> None:
+    """Attention whose outputs are known does not run, nor do rows of the last block unread."""
+    model, texts, _ = without_a_replay(name)
+    assert texts.real is not None
+    engine = engine_for(model, texts.tokens, texts.real, texts.inputs)
+    assert engine.lean == ("first" if name == "images" else "read")
+    read = torch.zeros_like(texts.real)
+    read[:, -1 if name == "encoder" else 0] = True
+    source = engine.source(model, texts.tokens, texts.real, read, texts.inputs)
+    whole = ForwardSource(model, texts.tokens, texts.real, read, inputs=texts.inputs)
+    first, last, length = 0, model.shape.n_layers - 1, model.n_queries(texts)
+    some = torch.arange(length).expand(len(texts.tokens), -1) < 3
+    projections = {parts.projection for parts in model.layout.layers.values()}
+    wide = dict[torch.nn.Module, int]()
+
+    def note(module: torch.nn.Module, _given: Any, output: torch.Tensor) -> None:
+        wide[module] = output.shape[1]
+
+    linear = [
+        (layer, part)
+        for layer in (first, last)
+        for part in model.layout.blocks[layer].modules()
+        if isinstance(part, torch.nn.Linear)
+    ]
+    hooks = [part.register_forward_hook(note) for _, part in linear]
+    cases: list[tuple[int, list[Variant]]] = [
+        (first, [(edits.zero((first, 0)),), (edits.zero([(first, 1), (first, 2)]),)]),
+        (last, [(edits.zero((last, 0)),), (edits.zero((last, 1)),)]),
+        (first, [(edits.zero([(first, 0), (last, 1)]),), (edits.zero((first, 3)),)]),
+        (first, [(edits.uniform((first, 0)),), (edits.zero((first, 3)),)]),
+        (last, [(edits.uniform((last, 0)), edits.zero((last, 2)))]),
+        (last, [(edits.scale((last, 0), 0.5, positions=some),), ()]),
+    ]
+    for layer, variants in cases:
+        expected = whole.rows(variants)
+        wide.clear()
+        torch.testing.assert_close(source.rows(variants), expected, atol=1e-5, rtol=1e-5)
+        edited = [edit for variant in variants for edit in variant]
+        inside = set(model.layout.layers[layer].attention.modules()) - projections
+        known = all(edit.site == "z" for edit in edited if layer in edit.layers)
+        assert known == (not inside & wide.keys())
+        free = not any(last in edit.layers for edit in edited) or (known and layer == last)
+        mixing = {*model.layout.layers[last].attention.modules(), *projections}
+        narrow = [wide[part] for at, part in linear if at == last and part not in mixing]
+        if isinstance(model, HFModel):
+            assert set(narrow) == {1 if free else length}
+    for hook in hooks:
+        hook.remove()

@@ -8,7 +8,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
@@ -23,12 +23,30 @@ from torch import Tensor, nn
 from headscope.base.batches import Batch
 from headscope.errors import UnsupportedModelError
 from headscope.models.attention import AttentionCall
-from headscope.models.hf.hooks import Call, Hook, after, hooked, stream_of
+from headscope.models.hf.hooks import Call, Hook, after, entering, hooked, stream_of
 from headscope.models.proof import Gap, gap
 from headscope.models.protocol import AttentionWrite
 from headscope.models.running import at_hand, parameter, pass_over, runs_on
 from headscope.models.taps import Tap
 from headscope.views import Norm, QueryKey, Rotation, Unembedding
+
+
+def is_pointwise(head: nn.Module, speak: Callable[[], Tensor], whole: Tensor) -> bool:
+    """Whether a module makes the logits of each position from that position alone.
+
+    Args:
+        head: module that is given what the body returns.
+        speak: runs a tiny pass, and returns its logits.
+        whole: what it returned before.
+    """
+    try:
+        with hooked([entering(head, lambda stream: stream[:, 1:2])]):
+            cut = speak()
+    except (RuntimeError, IndexError, ValueError):
+        return False
+    return cut.shape == whole[:, 1:2].shape and torch.allclose(
+        cut, whole[:, 1:2], rtol=1e-4, atol=1e-5 * float(whole.abs().max())
+    )
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,13 @@ from headscope.models.hf.layout import (
     tiny_batch,
     tiny_tokens,
 )
-from headscope.models.hf.measured import LogitMap, Watch, find_unembedding, measure_norm
+from headscope.models.hf.measured import (
+    LogitMap,
+    Watch,
+    find_unembedding,
+    is_pointwise,
+    measure_norm,
+)
 from headscope.models.hf.parts import HFParts
 from headscope.models.hf.passes import AttentionTaps, EditScope
 from headscope.models.hf.removed import heads_left
@@ -575,20 +581,16 @@ class HFModel(Tapped, Shown):
         inside = {self.module, *body.modules()}
         heads = [one for one in self.module.modules() if one not in inside]
         tiny = arguments(self.module, tiny_batch(self.module))
+
+        def speak() -> Tensor:
+            return answer(self.module(**tiny))
+
         with pass_over(self.module):
             with hooked([after(body, keep), *(before(one, note) for one in heads)]):
-                whole = answer(self.module(**tiny))
+                whole = speak()
             if not entered or whole.ndim != 3:
                 return None
-            try:
-                with hooked([entering(entered[0], lambda stream: stream[:, 1:2])]):
-                    cut = answer(self.module(**tiny))
-            except (RuntimeError, IndexError, ValueError):
-                return None
-        alike = cut.shape == whole[:, 1:2].shape and torch.allclose(
-            cut, whole[:, 1:2], rtol=1e-4, atol=1e-5 * float(whole.abs().max())
-        )
-        return entered[0] if alike else None
+            return entered[0] if is_pointwise(entered[0], speak, whole) else None
 
     def _logits(
         self, inputs: dict[str, Any], logits_at: Tensor | None, head: nn.Module | None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from headscope.edits import Span, Stacked, Variant, first_layer, first_position, stack
 from headscope.heads import ModelShape
 from headscope.models.attention import AttentionCall, fused, visible_keys
-from headscope.models.hf.hooks import Call, after, before, entering, hooked, stream_of
+from headscope.models.hf.hooks import Call, after, before, entering, hooked, returning, stream_of
 from headscope.models.hf.interface import mask_facts, routed, with_facts
 from headscope.models.hf.layout import LayerParts
 from headscope.models.hf.passes import at_tap, written_attention, written_call
@@ -171,11 +171,15 @@ class Resumable:
     Attributes:
         batch: number of examples.
         outputs: what each block returned.
+        attended: what attention of each layer returned, less the first tensor.
+        z: head outputs before the output projection, by layer.
     """
 
     model: "HFModel | StackView"
     batch: int
     outputs: Mapping[nn.Module, Any]
+    attended: Mapping[int, Any]
+    z: Mapping[int, Float[Tensor, "batch pos head d_head"]]
 
     @classmethod
     @torch.no_grad()
@@ -188,19 +192,32 @@ class Resumable:
         """
         blocks = model.blocks_before(model.shape.n_layers)
         use, found, runs = use_of(model.module), dict[nn.Module, Any](), list[nn.Module]()
+        attended, z = dict[int, Any](), dict[int, Tensor]()
 
         def keep(module: nn.Module, _call: Call, output: Any) -> None:
             if use.running() is not MEASURING:
                 found[module] = output
                 runs.append(module)
 
+        def attention(layer: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, _call: Call, output: Any) -> None:
+                if use.running() is not MEASURING:
+                    rest = output if isinstance(output, Tensor) else output[1:]
+                    attended[layer] = None if isinstance(output, Tensor) else rest
+
+            return hook
+
         if len(set(blocks)) != len(blocks):
             return None
-        with hooked(after(block, keep) for block in blocks):
-            model.run(texts, logits_at=torch.zeros(1, dtype=torch.long))
+        layers = model.layout.layers
+        hooks = [after(block, keep) for block in blocks]
+        hooks += [after(one.attention, attention(layer)) for layer, one in layers.items()]
+        reads = at_layers(model.shape, lambda view: z.update({view.layer: view.value}))
+        with hooked(hooks):
+            model.run(texts, reads=reads, logits_at=torch.zeros(1, dtype=torch.long))
         if len(runs) != len(blocks) or set(runs) != set(blocks):
             return None
-        return cls(model, len(texts.tokens), found)
+        return cls(model, len(texts.tokens), found, attended, z)
 
     @contextmanager
     def before(self, layer: int, copies: int) -> Iterator[None]:
@@ -216,12 +233,109 @@ class Resumable:
                 scope.enter_context(replaced(block, "forward", partial(_given, output)))
             yield
 
+    @contextmanager
+    def edited(
+        self, layer: int, edits: Sequence[Stacked], rows: Int[Tensor, " row"] | None = None
+    ) -> Iterator[None]:
+        """Within a scope, run no more of a stack of variants than their edits can change.
+
+        Attention of the first edited layer is not computed where only head outputs are edited,
+        since these are known. The last block is computed at some rows alone, where it is told that
+        only they are read.
+
+        Args:
+            layer: first that runs.
+            edits: of all variants, for the positions of the pass.
+            rows: positions of the last block that are read; None: all. Others become 0.
+        """
+        blocks, layers = self.model.layout.blocks, self.model.layout.layers
+        copies, last = len(edits[0].variants) if edits else 1, len(blocks) - 1
+        changed = [edit for edit in edits if layer in edit.layers]
+        is_given = layer in layers and bool(changed) and all(one.site == "z" for one in changed)
+        alone = is_given and layer == last  # attention of the last block is known
+        cut = rows if layer <= last and (alone or self._can_cut(edits)) else None
+        with self.before(layer, copies), ExitStack() as scope:
+            if is_given:
+                shown = cut if alone else None
+                known = partial(self._known, layers[layer], changed[0], copies, shown)
+                scope.enter_context(replaced(layers[layer].attention, "forward", known))
+            if cut is not None:
+                few = _FewRows(layers[last], blocks[last].forward, cut)
+                scope.enter_context(replaced(blocks[last], "forward", few.block))
+                if not alone:
+                    scope.enter_context(replaced(layers[last].attention, "forward", few.attend))
+            yield
+
+    def _can_cut(self, edits: Sequence[Stacked]) -> bool:
+        """Whether the last block runs at some rows: attention's input is known, nothing edited."""
+        last = len(self.model.layout.blocks) - 1
+        parts = self.model.layout.layers.get(last)
+        if parts is None or any(last in edit.layers for edit in edits):
+            return False
+        return parts.input_norm is not None or parts.reads_residual
+
+    def _known(
+        self,
+        parts: LayerParts,
+        edit: Stacked,
+        copies: int,
+        rows: Int[Tensor, " row"] | None,
+        *_args: Any,
+        **_kwargs: Any,
+    ) -> Any:
+        """What attention of a layer returns with its head outputs edited."""
+        z = edit.spread(parts.layer, self.z[parts.layer])
+        flat = (z if rows is None else z[:, rows]).flatten(-2)
+        inside = any(module is parts.projection for module in parts.attention.modules())
+        made = parts.projection(flat) if inside else flat
+        rest = self.attended[parts.layer]
+        return made if rest is None else (made, *self._times(tuple(rest), copies))
+
     def _times(self, value: Any, copies: int) -> Any:
         if isinstance(value, tuple | list):
             return type(value)(self._times(one, copies) for one in value)
         if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != self.batch:
             return value
         return repeated_batch(value, copies)
+
+
+@dataclass
+class _FewRows:
+    """A block that is computed at some rows, and 0 at the others.
+
+    Attributes:
+        parts: its attention.
+        forward: its own.
+        rows: positions that are computed.
+    """
+
+    parts: LayerParts
+    forward: Callable[..., Any]
+    rows: Int[Tensor, " row"]
+    attention: Callable[..., Any] = field(init=False)
+    stream: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __post_init__(self) -> None:
+        """Keep the forward of its attention, which sees all positions."""
+        self.attention = self.parts.attention.forward
+
+    def block(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for the block."""
+        call = Call(args, kwargs)
+        self.stream = call.stream
+        some = call.giving(self.stream[:, self.rows])
+        output = self.forward(*some.args, **some.kwargs)
+        made = stream_of(output)
+        whole = made.new_zeros(*self.stream.shape[:2], made.shape[-1])
+        whole[:, self.rows] = made
+        return returning(output, whole)
+
+    def attend(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for its attention."""
+        norm = self.parts.input_norm
+        call = Call(args, kwargs).giving(self.stream if norm is None else norm(self.stream))
+        output = self.attention(*call.args, **call.kwargs)
+        return returning(output, stream_of(output)[:, self.rows])
 
 
 def _given(output: Any, *_args: Any, **_kwargs: Any) -> Any:

@@ -8,6 +8,7 @@ taps in its layers alone.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from headscope.errors import InputError, ModelLoadError, UnsupportedModelError, 
 from headscope.heads import ModelShape
 from headscope.models.attention import AttentionCall
 from headscope.models.hf.evidence import text_for
-from headscope.models.hf.hooks import Call, after, before, hooked
+from headscope.models.hf.hooks import Call, after, before, entering, hooked
 from headscope.models.hf.interface import know_cross, register
 from headscope.models.hf.layout import (
     LayerParts,
@@ -32,7 +33,7 @@ from headscope.models.hf.layout import (
     number_layers,
     watching,
 )
-from headscope.models.hf.measured import Watch, added_scales, write_scales
+from headscope.models.hf.measured import Watch, added_scales, is_pointwise, write_scales
 from headscope.models.hf.passes import AttentionTaps
 from headscope.models.hf.taps import Pass, Tapped
 from headscope.models.hf.transformers_api import attention_named, takes_attention_functions
@@ -374,6 +375,32 @@ class Seq2SeqModel(Shown):
         """What the model says of every target position, in a pass that the caller holds."""
         return answer(self.module(**self.inputs(sides))).float()
 
+    @cached_property
+    @torch.no_grad()
+    def pointwise_head(self) -> nn.Module | None:
+        """Module that makes logits at each target position of that position alone.
+
+        Proved by a tiny pass: given one position, it gives that position's logits. None where
+        there is no such module.
+        """
+        if not self.has_logits:
+            return None
+        inputs, seen = self.inputs(tiny_sides(self.module)), list[tuple[nn.Module, Any]]()
+
+        def note(module: nn.Module, _call: Call, output: Any) -> None:
+            seen.append((module, output))
+
+        def speak() -> Tensor:
+            return answer(self.module(**inputs))
+
+        with pass_over(self.module):
+            with hooked(after(one, note) for one in self.module.modules()):
+                whole = speak()
+            made = [
+                one for one, out in seen if isinstance(out, Tensor) and out.shape == whole.shape
+            ]
+            return made[0] if len(made) == 1 and is_pointwise(made[0], speak, whole) else None
+
     # What its decoder reads for a target.
 
     def decoder_inputs(
@@ -603,9 +630,12 @@ class StackView(Tapped, Shown):
         inputs = self.whole.inputs(Sides.of(Texts(tokens, real, run.inputs), self.name))
         if run.grad:
             need_gradients(self.module, self.name)
-        with run.attached(), torch.set_grad_enabled(run.grad):
+        at = None if logits_at is None else logits_at.to(self.device)
+        head = None if at is None else self.whole.pointwise_head
+        rows = [] if head is None else [entering(head, lambda stream: stream[:, at])]
+        with run.attached(), hooked(rows), torch.set_grad_enabled(run.grad):
             logits = answer(self.module(**inputs))
-            return logits if logits_at is None else logits[:, logits_at.to(logits.device)]
+            return logits if at is None or rows else logits[:, at]
 
 
 @dataclass(frozen=True, eq=False)
