@@ -80,6 +80,28 @@ def checked(function: F) -> F:
     return cast(F, refusing)
 
 
+def check_methods(kind: type) -> None:
+    """Make the public methods of a class check their arguments, as :func:`checked` does.
+
+    Example:
+        >>> class Ranking:
+        ...     def top(self, k: int = 10) -> list[int]:
+        ...         return list(range(k))
+        >>> check_methods(Ranking)
+        >>> Ranking().top("x")
+        Traceback (most recent call last):
+        headscope.errors.InputError: k='x': give a whole number.
+    """
+    for name, method in list(vars(kind).items()):
+        function = method.__func__ if isinstance(method, classmethod | staticmethod) else method
+        if name.startswith("_") or not inspect.isfunction(function):
+            continue
+        bound = 0 if isinstance(method, staticmethod) else 1
+        if len(inspect.signature(function).parameters) > bound:
+            made = checked(function)
+            setattr(kind, name, made if function is method else type(method)(made))
+
+
 def _check_options(options: dict[str, Any]) -> None:
     from headscope.base.options import RunOptions  # not above: it imports torch, pictures do not
 
@@ -167,6 +189,8 @@ def _words(hint: Any) -> str:
     origin = get_origin(hint)
     if inspect.isclass(origin) and issubclass(origin, tuple):
         return "a tuple"
+    if inspect.isclass(origin) and issubclass(origin, os.PathLike):
+        return "a path"
     if inspect.isclass(origin) and issubclass(origin, Iterable):
         if issubclass(origin, Mapping):
             return "a mapping"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, TypeVar
 
 import numpy as np
 
+from headscope.base.arguments import checked
 from headscope.errors import InputError, WriteError
 from headscope.heads import HeadIndex
 
@@ -579,6 +580,7 @@ class Stored:
 class Saved(Stored):
     """Base of results with ``save`` and ``load``."""
 
+    @checked
     def save(self, path: "str | PathLike[str]") -> None:
         """Save as one safetensors file, atomically.
 
@@ -594,6 +596,7 @@ class Saved(Stored):
             file.write(made)
 
     @classmethod
+    @checked
     def load(cls: "type[SavedKind]", path: "str | PathLike[str]") -> SavedKind:
         """Load a file written by :meth:`save`.
 

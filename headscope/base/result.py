@@ -8,6 +8,8 @@ from html import escape
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
+from headscope.base.arguments import check_methods
+
 if TYPE_CHECKING:
     import pandas
     from rich.console import RenderableType
@@ -186,7 +188,17 @@ class Glance:
 
 
 class Shown:
-    """Base of objects that display their :meth:`glance` in notebooks."""
+    """Base of objects that display their :meth:`glance` in notebooks.
+
+    Public methods of classes derived from it check their arguments; with ``checks=False``, as for
+    models, whose methods run in every pass, they do not.
+    """
+
+    def __init_subclass__(cls, *, checks: bool = True, **options: Any) -> None:
+        """Let public methods refuse arguments of the wrong kind."""
+        super().__init_subclass__(**options)
+        if checks:
+            check_methods(cls)
 
     def glance(self) -> Glance:
         """Short overview of the result."""

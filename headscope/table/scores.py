@@ -499,7 +499,7 @@ class HeadScores(Saved, Specified, Shown):
         both = dict(self.top(k)) | dict(self.bottom(k))
         return sorted(both.items(), key=lambda pair: (-abs(pair[1]), pair[0]))[:k]
 
-    def fraction(self, value: float) -> float:
+    def fraction(self, value: float | np.floating[Any]) -> float:
         """Position of a value between the ends of the score, in [0, 1], for a colour scale."""
         low, high = self.bounds
         seen = [mean for _, mean in (*self.top(1), *self.bottom(1))]
@@ -507,7 +507,7 @@ class HeadScores(Saved, Specified, Shown):
             return 0.0
         low = min(seen) if low is None else low
         high = max(seen) if high is None else high
-        return min(1.0, max(0.0, (value - low) / (high - low))) if high > low else 0.0
+        return min(1.0, max(0.0, (float(value) - low) / (high - low))) if high > low else 0.0
 
     def _ranked(
         self, key: Float[np.ndarray, "layer head"], k: int

@@ -15,10 +15,14 @@ import torch
 
 import headscope as hs
 from headscope.base.arguments import checked
+from headscope.base.result import Shown
 from headscope.compiled.compiled import BuildOptions
 from headscope.models.protocol import HeadModel
 from headscope.probes import Probe
 from headscope.table import HeadScores
+
+# Their methods run in every pass.
+MODELS = (hs.training.HFModel,)
 
 
 def public() -> Iterator[tuple[str, FunctionType]]:
@@ -33,6 +37,36 @@ def public() -> Iterator[tuple[str, FunctionType]]:
                 value = getattr(found, part)
                 if inspect.isfunction(value) and value.__module__.startswith(found.__name__):
                     yield f"hs.{name}.{part}", value
+
+
+def methods() -> Iterator[tuple[str, FunctionType]]:
+    """Every public method with arguments of the results that users reach, with its name."""
+    for name in [name for name in dir(hs) if not name.startswith("_")]:
+        found = getattr(hs, name)
+        inside = getattr(found, "__all__", dir(found)) if inspect.ismodule(found) else []
+        for kind in [found, *(getattr(found, part) for part in inside)]:
+            if inspect.isclass(kind) and issubclass(kind, Shown) and kind not in MODELS:
+                for part in [part for part in dir(kind) if not part.startswith("_")]:
+                    value = inspect.getattr_static(kind, part)
+                    value = getattr(value, "__func__", value)
+                    ours = inspect.isfunction(value) and value.__module__.startswith("headscope")
+                    if ours and len(inspect.signature(value).parameters) > 1:
+                        yield f"{kind.__name__}.{part}", value
+
+
+def test_every_public_method_of_results_checks_its_arguments() -> None:
+    known = dict(methods())
+    assert {"HeadScores.top", "HeadTable.save", "EdgeGraph.load", "Probe.mark"} <= set(known)
+    assert not [name for name, method in known.items() if not _is_checked(method)]
+
+
+def _is_checked(method: Callable[..., object]) -> bool:
+    """Whether one of the functions around a method is the one that checks."""
+    while method.__code__.co_name != "refusing":
+        if not hasattr(method, "__wrapped__"):
+            return False
+        method = method.__wrapped__
+    return True
 
 
 def test_every_public_function_checks_its_arguments() -> None:
@@ -117,8 +151,24 @@ CALLS: dict[str, Callable[[], object]] = {
     "at as a list": lambda: hs.flow.max_flow(hs.load(), _probe(), at=[1]),
     "fractions as tokens": lambda: hs.lens.logit_lens(hs.load(), [1.5, 2.0]),
     "checkpoint": lambda: hs.lens.tuned_lens(hs.load(), checkpoint=3),
+    "k of a result": lambda: _scores().top("x"),
+    "level of a result": lambda: _scores().interval("x"),
+    "score of a table": lambda: hs.HeadTable([_scores()]).top(3),
+    "path of a table": lambda: hs.HeadTable([_scores()]).save(3),
+    "path of a result": lambda: _scores().save(3),
+    "load of a result": lambda: HeadScores.load(3),
+    "graph": lambda: hs.edges.attribute(hs.load(), _pairs(), hs.metrics.loss, "eap").top("x"),
+    "mark of a probe": lambda: _probe().mark(3),
     "acdc": lambda: hs.edges.acdc(hs.load(), "x", hs.metrics.loss, 0.1),
 }
+
+
+def _scores() -> HeadScores:
+    return HeadScores.from_examples("a", np.zeros((1, 2, 3)), kv_heads=2)
+
+
+def _pairs() -> Probe:
+    return hs.probes.pairs(hs.load(), "ioi", batch=2)
 
 
 def _probe() -> Probe:

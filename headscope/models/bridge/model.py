@@ -328,7 +328,7 @@ def _check_same(module: Any, bridge: Any, name: str) -> None:
         )
 
 
-class BridgeModel(Tapped, Shown):
+class BridgeModel(Tapped, Shown, checks=False):
     """``TransformerBridge`` as a ``HeadModel``; patterns are computed whole, layer by layer.
 
     The bridge is used as it is: hooks of its owner stay, and act, during every pass.

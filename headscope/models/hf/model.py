@@ -115,7 +115,7 @@ def _of_images(family: str) -> dict[str, str]:
     }
 
 
-class HFModel(Tapped, Shown):
+class HFModel(Tapped, Shown, checks=False):
     """A ``PreTrainedModel`` whose attention goes through transformers' attention registry.
 
     The module is used as it is: nothing of it is changed between passes.

@@ -105,7 +105,7 @@ class Sides:
         return cls(given, source_real, texts.tokens, texts.real)
 
 
-class Seq2SeqModel(Shown):
+class Seq2SeqModel(Shown, checks=False):
     """An encoder-decoder whose attention goes through transformers' attention registry.
 
     Its heads are those of three stacks, ``encoder``, ``decoder`` and ``cross``; :meth:`stack` gives
@@ -456,7 +456,7 @@ class Seq2SeqModel(Shown):
         return made.cpu()
 
 
-class StackView(Tapped, Shown):
+class StackView(Tapped, Shown, checks=False):
     """One attention stack of an encoder-decoder as a model; passes run the whole model.
 
     Positions are those of its queries: of the source in the encoder, else of the target. Logits are
