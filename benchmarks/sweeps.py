@@ -1,10 +1,9 @@
-"""What sweeping costs over the bare ablation, and what a second Ray worker brings.
+"""What sweeping costs over the bare ablation. See workers.py for what a second worker brings.
 
 python benchmarks/sweeps.py [--prompts N] [--layers N]: random-weight GPT-2 small with some layers
 and few tokens, all heads by themselves, mean ablation. ``store_share``: time spent on writing
 parts, compaction and looking into the folder, of the whole run. ``over_bare``: the sweep's time
-over that of one ``hs.ablate_heads`` call: what cutting into chunks costs. ``ray``: two workers
-against this process on four models, planning apart and included.
+over that of one ``hs.ablate_heads`` call: what cutting into chunks costs.
 """
 
 import argparse
@@ -20,7 +19,7 @@ from support import report
 from transformers import AutoModelForCausalLM, GPT2Config
 
 import headscope as hs
-from headscope.sweeps import RayExecutor, SweepConfig, run_sweep
+from headscope.sweeps import SweepConfig
 from headscope.sweeps.run import Benches, inline, make_plan
 from headscope.sweeps.store import Store
 
@@ -31,7 +30,6 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=10)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--skip-ray", action="store_true")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "model"
@@ -42,8 +40,6 @@ def main() -> None:
         module.save_pretrained(place)
         config = sweep_of([str(place)], given.prompts)
         results = {"inline": against_bare(config, place, Path(folder), given)}
-        if not given.skip_ray:
-            results["ray"] = against_ray(place, Path(folder), given)
     report("sweeps", results)
 
 
@@ -116,29 +112,6 @@ def sweep_once(plan: Any, benches: Benches, store: Store, config: SweepConfig) -
     inline(Work(config, plan, watched, benches), plan.chunks, Stop(), lambda _: None)
     timed(lambda: store.compact(plan))
     return spent[0]
-
-
-def against_ray(place: Path, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
-    """Four models of one shape, in this process and on two workers of one thread each."""
-    config = sweep_of([str(place)] * 4, given.prompts)
-    threads = torch.get_num_threads()
-    seconds = {}
-    for name, executor in (("inline", inline), ("ray_2_workers", RayExecutor(2))):
-        started = time.perf_counter()
-        run_sweep(config, folder / name, executor=executor, progress=False)
-        seconds[name] = time.perf_counter() - started
-        parts = (folder / name / "manifest.json").stat().st_mtime
-        seconds[f"{name}_after_planning"] = time.time() - parts
-    same = (folder / "inline" / "table.parquet").read_bytes() == (
-        folder / "ray_2_workers" / "table.parquet"
-    ).read_bytes()
-    speed = seconds["inline_after_planning"] / seconds["ray_2_workers_after_planning"]
-    return {
-        "seconds": seconds,
-        "speed": round(speed, 2),
-        "inline_threads": threads,
-        "tables_equal_to_the_byte": same,
-    }
 
 
 if __name__ == "__main__":

@@ -9,25 +9,43 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import tempfile
 import threading
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from headscope.errors import HeadscopeError, InputError
 from headscope.sweeps.config import SweepConfig
-from headscope.sweeps.plan import Chunk
-from headscope.sweeps.run import ATTEMPTS, Benches, OnFinished, Stop, Work, reason, run_chunk
+from headscope.sweeps.plan import Chunk, Plan
+from headscope.sweeps.run import (
+    ATTEMPTS,
+    Benches,
+    OnFinished,
+    Stop,
+    Work,
+    passes_of_chunk,
+    reason,
+    run_chunk,
+)
 from headscope.sweeps.store import Store
 
 # Seconds between the driver's checks for a requested stop.
 _LOOK = 1.0
-# How long a cluster may take to answer, in seconds.
-_ANSWER = 10.0
+# How long a cluster may take to be reached, and again to answer, in seconds.
+_ANSWER = 8.0
+# What a client says first in HTTP/2 (RFC 9113, 3.4): preface and empty settings. Then the length of
+# the header of a frame, and the type of frame that a server must say first.
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+_FRAME, _SETTINGS = 9, 4
+_NO_RAY = "Ray is not installed: pip install 'headscope[ray]'."
 # Names of sockets end after 107 characters; Ray adds this many to the temporary folder:
 # /ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store
 _LONGEST_SOCKET, _SOCKET = 107, 69
@@ -36,8 +54,16 @@ _LONGEST_SOCKET, _SOCKET = 107, 69
 class Worker:
     """Ray actor that holds a model and runs chunks."""
 
-    def __init__(self, config: dict[str, Any], folder: str) -> None:
-        """Read the plan; models are loaded when a chunk needs them."""
+    def __init__(self, config: dict[str, Any], folder: str, threads: int | None = None) -> None:
+        """Read the plan; models are loaded when a chunk needs them.
+
+        Args:
+            config: config of the sweep.
+            folder: of the sweep.
+            threads: cores of this worker; None: as torch has it.
+        """
+        if threads is not None:  # an inherited OMP_NUM_THREADS would be for the whole machine
+            torch.set_num_threads(min(threads, torch.get_num_threads()))
         read = SweepConfig.model_validate(config)
         store = Store.open(Path(folder))
         self._work = Work(read, store.plan(), store, Benches(read, store.scored))
@@ -64,6 +90,17 @@ class RayExecutor:
 
     workers: int | None = None
 
+    def check(self) -> None:
+        """Refuse what cannot work, before any model is loaded.
+
+        Raises:
+            InputError: if Ray is not installed, or no cluster answers at ``RAY_ADDRESS``.
+        """
+        if "ray" not in sys.modules and find_spec("ray") is None:
+            raise InputError(_NO_RAY)
+        if "RAY_ADDRESS" in os.environ:
+            check_address(os.environ["RAY_ADDRESS"])
+
     def __call__(
         self, work: Work, chunks: Sequence[Chunk], stop: Stop, finished: OnFinished
     ) -> None:
@@ -75,15 +112,16 @@ class RayExecutor:
         """
         work.benches.drop()  # the driver needs no model, and a GPU has room for one
         with _cluster(self.workers) as ray:
-            count, devices = _workers(ray, self.workers)
+            count, resources = _workers(ray, self.workers)
             actor = ray.remote(Worker).options(
                 max_restarts=-1,  # as often as it takes: each chunk has its own limit
                 max_task_retries=ATTEMPTS - 1,
-                **devices,
+                **resources,
             )
+            threads = resources["num_cpus"] or None
             config = work.config.model_dump(mode="json")
             folder = str(work.store.path.resolve())
-            actors = [actor.remote(config, folder) for _ in range(min(count, len(chunks)))]
+            actors = [actor.remote(config, folder, threads) for _ in range(min(count, len(chunks)))]
             _drive(ray, actors, work, chunks, stop, finished)
 
 
@@ -96,15 +134,15 @@ def _drive(
     finished: OnFinished,
 ) -> None:
     """Assign chunks to idle actors until none are left."""
-    waiting = list(chunks)
+    waiting = Waiting.of(work.plan, chunks)
     held: dict[int, int] = {}
     running: dict[Any, tuple[int, Chunk]] = {}
     free = list(range(len(actors)))
     while running or (waiting and not stop.asked):
         while free and waiting and not stop.asked:
             number = free.pop()
-            chunk = _next(work, waiting, held.get(number), Counter(held.values()))
-            held[number] = work.plan.model_of(chunk)
+            chunk = waiting.take(held.get(number), Counter(held.values()))
+            held[number] = chunk.study
             running[actors[number].run.remote(chunk.id)] = (number, chunk)
         ready, _ = ray.wait(list(running), num_returns=1, timeout=_LOOK)
         for reference in ready:
@@ -123,13 +161,78 @@ def _drive(
             finished(chunk)
 
 
-def _next(work: Work, waiting: list[Chunk], held: int | None, loaded: Counter[int]) -> Chunk:
-    """Next chunk for an actor: of its own model, else of the model with most work per actor."""
-    left = Counter(work.plan.model_of(chunk) for chunk in waiting)
-    model = held if held in left else max(left, key=lambda one: left[one] / (1 + loaded[one]))
-    chosen = next(chunk for chunk in waiting if work.plan.model_of(chunk) == model)
-    waiting.remove(chosen)
-    return chosen
+@dataclass
+class Waiting:
+    """Chunks that are left, by group of cells, the most expensive of each group first.
+
+    A worker keeps its model and, within it, its group, whose reference values and validations it
+    has. Otherwise it goes where most work is left per worker. With the expensive chunks first, the
+    last ones are short, and no worker waits long for another at the end.
+
+    Attributes:
+        plan: of the sweep.
+        groups: chunks with their costs in whole passes, by number of the group.
+        left: cost that is left, by number of the group.
+    """
+
+    plan: Plan
+    groups: dict[int, deque[tuple[float, Chunk]]]
+    left: dict[int, float]
+
+    @classmethod
+    def of(cls, plan: Plan, chunks: Sequence[Chunk]) -> "Waiting":
+        """Sort chunks by group and cost."""
+        groups: dict[int, list[tuple[float, Chunk]]] = {}
+        for chunk in chunks:
+            groups.setdefault(chunk.study, []).append((passes_of_chunk(plan, chunk), chunk))
+        by_cost = {
+            number: deque(sorted(group, key=lambda one: -one[0]))
+            for number, group in groups.items()
+        }
+        left = {number: sum(cost for cost, _ in group) for number, group in groups.items()}
+        return cls(plan, by_cost, left)
+
+    def __bool__(self) -> bool:
+        """Whether any are left."""
+        return bool(self.groups)
+
+    def take(self, held: int | None, workers: Mapping[int, int]) -> Chunk:
+        """Remove the next chunk for a worker.
+
+        Args:
+            held: number of the group that it ran last; None: it has no model yet.
+            workers: number of workers by the group that they ran last.
+        """
+        number = (
+            held if held in self.groups else self._most_work(self._choices(held, workers), workers)
+        )
+        cost, chunk = self.groups[number].popleft()
+        self.left[number] -= cost
+        if not self.groups[number]:
+            del self.groups[number], self.left[number]
+        return chunk
+
+    def _choices(self, held: int | None, workers: Mapping[int, int]) -> list[int]:
+        """Groups of the model that a worker has, else of the model with most work per worker."""
+        models: dict[int, list[int]] = {}
+        for number in self.groups:
+            models.setdefault(self._model(number), []).append(number)
+        if held is not None and self._model(held) in models:
+            return models[self._model(held)]
+        loaded: Counter[int] = Counter()
+        for number, count in workers.items():
+            loaded[self._model(number)] += count
+
+        def per_worker(model: int) -> float:
+            return sum(self.left[one] for one in models[model]) / (1 + loaded[model])
+
+        return models[max(models, key=per_worker)]
+
+    def _most_work(self, numbers: Sequence[int], workers: Mapping[int, int]) -> int:
+        return max(numbers, key=lambda one: self.left[one] / (1 + workers.get(one, 0)))
+
+    def _model(self, number: int) -> int:
+        return self.plan.studies[number].model
 
 
 def _workers(ray: Any, wanted: int | None) -> tuple[int, dict[str, Any]]:
@@ -166,13 +269,11 @@ def _cluster(workers: int | None) -> Iterator[Any]:
     try:
         import ray
     except ImportError:
-        raise InputError("Ray is not installed: pip install 'headscope[ray]'.") from None
+        raise InputError(_NO_RAY) from None
     if ray.is_initialized():  # the caller's own; theirs to end
         yield ray
         return
-    if joined:
-        check_address(os.environ["RAY_ADDRESS"])
-    else:
+    if not joined:
         check_temporary(Path(tempfile.gettempdir()))
     own = OWN | {"num_cpus": max(os.cpu_count() or 1, workers or 1)}
     with _handlers_kept():
@@ -189,21 +290,31 @@ def _cluster(workers: int | None) -> Iterator[Any]:
 def check_address(address: str) -> None:
     """Refuse a cluster address that does not answer, for which Ray would wait minutes.
 
+    Ray's servers speak gRPC, which begins with a frame of HTTP/2 settings from either side; with
+    TLS (``RAY_USE_TLS``) only the connection is tried.
+
     Raises:
-        InputError: if nothing listens there.
+        InputError: if nothing listens there, or what does is stopped or not a Ray cluster.
     """
     place = address.rpartition("://")[2].partition("/")[0]
     host, _, port = place.rpartition(":")
     if not (host and port.isdecimal()):
         return  # "auto", "local" or a name that Ray resolves itself
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER):
-            return
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER) as there:
+            if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+                return
+            there.sendall(_GREETING)
+            said = there.makefile("rb").read(_FRAME)
     except (OSError, OverflowError) as error:
+        said, why = b"", str(error)
+    else:
+        why = "what listens there is something else" if said else "it hangs up"
+    if len(said) < _FRAME or said[3] != _SETTINGS:
         raise InputError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}): start it with "
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({why}): start it with "
             "'ray start --head', or unset RAY_ADDRESS to run on this machine alone."
-        ) from error
+        )
 
 
 def check_temporary(folder: Path) -> None:

@@ -593,7 +593,10 @@ class Stop:
 
 @runtime_checkable
 class Executor(Protocol):
-    """Interface of executors, which run and commit the chunks of a sweep."""
+    """Interface of executors, which run and commit the chunks of a sweep.
+
+    An executor may also have a method ``check()``, which is called before any model is loaded.
+    """
 
     def __call__(
         self, work: Work, chunks: Sequence[Chunk], stop: Stop, finished: OnFinished
@@ -742,6 +745,8 @@ def run_sweep(
     """
     if not 1 <= shard[0] <= shard[1]:
         raise InputError(f"there is no shard {shard[0]}/{shard[1]}: they count from 1.")
+    if (check := getattr(executor, "check", None)) is not None:
+        check()
     _claim(config, Path(out), overwrite=overwrite)
     store = Store.create(Path(out))
     benches = Benches(config, store.scored)

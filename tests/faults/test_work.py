@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 import tomllib
 import types
@@ -45,11 +46,12 @@ from headscope.errors import HeadscopeError, HeadscopeWarning, InputError, Write
 from headscope.probes.config import ProbeConfig
 from headscope.report import RunPart, report_page
 from headscope.report.folder import RunFolder
-from headscope.sweeps import SweepConfig, read_config, run_sweep
+from headscope.sweeps import SweepConfig, cluster, read_config, run_sweep
 from headscope.sweeps.cluster import check_address, check_temporary
 from headscope.sweeps.run import Stop, inline, may_pass
 from headscope.table import HeadTable
 from tests.cli.support import run, sentence
+from tests.sweeps.support import config as sweep_config
 from tests.table.helpers import model_table, scores
 
 SWEEP = """name: small
@@ -533,6 +535,61 @@ def test_d10_two_exports_at_once(made: dict[str, str], tmp_path: Path) -> None:
         ]
         assert {one.result().name for one in jobs} == {"e.sqlite"}
     assert [one.name for one in tmp_path.iterdir()] == ["e.sqlite"]
+
+
+class Listener:
+    """Something that listens where a cluster should, says what it is told to, and hangs up."""
+
+    def __init__(self, says: bytes | None) -> None:
+        self._socket, self._says = socket.create_server(("127.0.0.1", 0)), says
+        self.address = f"127.0.0.1:{self._socket.getsockname()[1]}"
+
+    def __enter__(self) -> "Listener":
+        threading.Thread(target=self._answer, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def _answer(self) -> None:
+        connection, _ = self._socket.accept()
+        with connection:
+            connection.recv(100)
+            if self._says is None:
+                time.sleep(5)
+            connection.sendall(self._says or b"")
+
+
+@pytest.mark.parametrize(
+    ("says", "why"),
+    [
+        (None, "timed out"),  # a stopped cluster: the system still takes connections for it
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "something else"),
+        (b"", "hangs up"),
+    ],
+)
+def test_d10_a_cluster_that_does_not_answer_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch, says: bytes | None, why: str
+) -> None:
+    monkeypatch.setattr(cluster, "_ANSWER", 0.3)
+    with Listener(says) as there, pytest.raises(InputError, match=f"no Ray cluster.*{why}"):
+        check_address(there.address)
+
+
+def test_d10_what_speaks_grpc_is_left_to_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Listener(bytes((0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 4, 0, 64, 0, 0))) as there:
+        check_address(there.address)
+    assert 2 * cluster._ANSWER < 20  # to be reached, and to answer
+    # Before anything is loaded: the model is missing, too.
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # not listening
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{taken.getsockname()[1]}")
+        wanted = sweep_config(models=[str(tmp_path / "missing")])
+        with pytest.raises(InputError, match="no Ray cluster answers"):
+            hs.sweeps.run_sweep(wanted, tmp_path / "out", executor=hs.sweeps.RayExecutor(2))
+    assert not (tmp_path / "out").exists()
 
 
 def test_d10_ray_is_refused_where_it_could_not_start() -> None:

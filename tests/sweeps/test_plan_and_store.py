@@ -1,6 +1,7 @@
 """Ids that say what is computed, and a folder that survives whatever happens to it."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 from headscope.errors import InputError
 from headscope.models import bundled
 from headscope.sweeps import make_plan
-from headscope.sweeps.plan import Plan, plan_from_json, plan_json
-from headscope.sweeps.run import Benches, manifest
+from headscope.sweeps.cluster import Waiting
+from headscope.sweeps.plan import Chunk, Plan, plan_from_json, plan_json
+from headscope.sweeps.run import Benches, manifest, passes_of_chunk
 from headscope.sweeps.store import KEYS, Store
 from tests.sweeps.support import REPEATED, config
 
@@ -163,3 +165,40 @@ def test_rows_hold_what_they_say(plan: Plan, benches: Benches) -> None:
     assert said["probe"]["method"] == "zero"
     assert said["checks"]["own_output_changed"] is True
     assert said["versions"]["torch"]
+
+
+def test_workers_share_the_work_and_end_together() -> None:
+    """Each keeps to its model and group of cells, and the last chunks are the short ones."""
+    planned = make_plan(config(edits=["zero", "mean"], chunk=2))
+    waiting = Waiting.of(planned, planned.chunks)
+    held: dict[int, int] = {}
+    taken: dict[int, list[Chunk]] = {0: [], 1: []}
+    busy = {0: 0.0, 1: 0.0}
+    while waiting:
+        worker = min(busy, key=lambda one: busy[one])
+        chunk = waiting.take(held.get(worker), Counter(held.values()))
+        held[worker] = chunk.study
+        taken[worker].append(chunk)
+        busy[worker] += passes_of_chunk(planned, chunk)
+    assert sorted(chunk.id for chunks in taken.values() for chunk in chunks) == sorted(ids(planned))
+    for chunks in taken.values():
+        assert len({chunk.study for chunk in chunks}) == 1
+        costs = [passes_of_chunk(planned, chunk) for chunk in chunks]
+        assert costs == sorted(costs, reverse=True)
+        assert costs[-1] < costs[0]
+    last = min(passes_of_chunk(planned, chunk) for chunk in planned.chunks)
+    assert abs(busy[0] - busy[1]) <= last
+
+
+def test_a_worker_keeps_its_model_while_there_is_work() -> None:
+    first, *_, last = bundled.checkpoints("tiny-gpt2")
+    wanted = config(models=[{"model": "tiny-gpt2", "checkpoints": [first, last]}], edits=["zero"])
+    planned = make_plan(wanted)
+    waiting = Waiting.of(planned, planned.chunks)
+    one = waiting.take(None, {})
+    two = waiting.take(None, {one.study: 1})
+    assert planned.model_of(one) != planned.model_of(two)
+    rest = [waiting.take(one.study, {one.study: 1, two.study: 1}) for _ in range(2)]
+    assert {planned.model_of(chunk) for chunk in rest} == {planned.model_of(one)}
+    helped = waiting.take(one.study, {one.study: 1, two.study: 1})
+    assert planned.model_of(helped) == planned.model_of(two)
