@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from headscope.base.arguments import checked
 from headscope.base.batches import PATCHES, PIXELS
 from headscope.base.options import RunOptions, free_cached_memory, is_out_of_memory
+from headscope.base.result import Listed
 from headscope.base.stacks import all_causal, grid_of
 from headscope.errors import HeadscopeError, InputError
 from headscope.heads import ModelShape
@@ -458,8 +459,8 @@ def chunks(
     return iter(positions.split(max(1, budget // max(1, bytes_per_query))))
 
 
-@dataclass(frozen=True, eq=False)
-class CapturedLayer:
+@dataclass(frozen=True, eq=False, repr=False)
+class CapturedLayer(Listed):
     """Whole patterns and head outputs of one layer, in fp32 on the CPU.
 
     Attributes:

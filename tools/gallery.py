@@ -4,7 +4,8 @@
 
 goes on where it stopped. Writes docs/gallery.md with its pictures, the figures that
 ``make test-real`` holds, and what each claim costs. ``--page build/gallery`` writes the page of
-what is finished by now.
+what is finished by now. Studies that the folder has no result of keep their committed answers, as
+long as those are of the same weights and seed.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ import headscope as hs
 from headscope.errors import HeadscopeError
 from headscope.models.protocol import HeadModel
 from headscope.plots import figures_of
-from headscope.studies import Answer, Claim, Evidence, Study, StudyResult, StudySetting
+from headscope.studies import Claim, Evidence, Study, StudyResult, StudySetting
 
 ROOT = Path(__file__).parents[1]
 PAGE, PICTURES = ROOT / "docs" / "gallery.md", ROOT / "docs" / "gallery"
 FIGURES = ROOT / "tests" / "real" / "gallery.json"
 COSTS = ROOT / "headscope" / "studies" / "costs.json"
-_KEPT = ("verdict", "value", "control", "low", "high", "n")
+_KEPT = ("verdict", "value", "control", "low", "high", "n", "because")
+_VERDICTS = ("holds", "does not hold", "cannot be asked")
 
 
 def main(source: str, out: Path) -> None:
@@ -124,26 +126,61 @@ def write_costs(notes: Path, one: float, fast: Mapping[str, float]) -> None:
 
 
 def write(results: Mapping[str, StudyResult], notes: Path) -> None:
-    """Write the page, its pictures, and the figures that are held."""
+    """Write the figures that are held, the page made of them, and its pictures."""
+    held = updated(json.loads(FIGURES.read_text("utf-8")), results, notes)
     PICTURES.mkdir(exist_ok=True)
-    for old in PICTURES.glob("*.png"):
-        old.unlink()
-    pictures = {}
     for name, result in results.items():
-        for answer in result.answers:
-            drawn = notes / f"{name}.{answer.claim}.png"
-            if drawn.exists() and name not in pictures:
-                pictures[name] = answer.claim
-                (PICTURES / f"{name}.png").write_bytes(drawn.read_bytes())
-    PAGE.write_text(page(results, pictures), encoding="utf-8")
-    answers = {
-        f"{name}/{one.claim}": {field: _plain(getattr(one, field)) for field in _KEPT}
-        for name, result in results.items()
-        for one in result.answers
-    }
-    about = next(iter(results.values())).provenance
-    held = {"weights": about.weight_digest, "seed": about.seed, "answers": answers}
+        picture = PICTURES / f"{name}.png"
+        picture.unlink(missing_ok=True)
+        files = [notes / f"{name}.{one.claim}.png" for one in result.answers]
+        if drawn := [file for file in files if file.exists()]:
+            picture.write_bytes(drawn[0].read_bytes())
+            held["pictured"][name] = drawn[0].stem.split(".")[1]
     FIGURES.write_text(json.dumps(held, indent=1) + "\n")
+    PAGE.write_text(page(held), encoding="utf-8")
+
+
+def updated(
+    held: Mapping[str, Any], results: Mapping[str, StudyResult], notes: Path
+) -> dict[str, Any]:
+    """The committed answers with those of new results in their places.
+
+    Answers of other weights or another seed are dropped, and so are those to claims that no study
+    makes any more.
+    """
+    about = next(iter(results.values())).provenance
+    same = (held["weights"], held["seed"]) == (about.weight_digest, about.seed)
+    old: Mapping[str, Any] = held["answers"] if same else {}
+    answers = {}
+    for name, study in hs.studies.STUDIES.items():
+        new = {one.claim: one for one in results[name].answers} if name in results else {}
+        for claim in study.claims:
+            key = f"{name}/{claim.name}"
+            if claim.name in new:
+                answers[key] = {field: _plain(getattr(new[claim.name], field)) for field in _KEPT}
+                answers[key]["because"] = _portable(new[claim.name].because, about.model)
+                answers[key]["seconds"] = _seconds(notes / f"{name}.{claim.name}.seconds")
+            elif key in old:
+                answers[key] = old[key]
+    pictured = {name: one for name, one in held["pictured"].items() if same and name not in results}
+    return {
+        "weights": about.weight_digest,
+        "seed": about.seed,
+        "dtype": about.dtype,
+        "versions": dict(sorted(about.versions.items())),
+        "pictured": pictured,
+        "answers": answers,
+    }
+
+
+def _seconds(note: Path) -> float | None:
+    """Processor seconds that a claim took, where they were noted."""
+    return round(float(note.read_text("utf-8")), 1) if note.exists() else None
+
+
+def _portable(because: str, model: str) -> str:
+    """A reason without the folder of the model's file, which means nothing elsewhere."""
+    return re.sub(rf"\S*/(?={re.escape(Path(model).name)})", "", because)
 
 
 def _plain(value: Any) -> Any:
@@ -152,42 +189,82 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def page(results: Mapping[str, StudyResult], pictures: Mapping[str, str]) -> str:
-    """The page of the documentation."""
-    every = [answer for result in results.values() for answer in result.answers]
-    counts = {
-        verdict: sum(one.verdict == verdict for one in every)
-        for verdict in ("holds", "does not hold", "cannot be asked")
-    }
-    about = next(iter(results.values())).provenance
-    versions = ", ".join(f"{name} {number}" for name, number in sorted(about.versions.items()))
+def page(held: Mapping[str, Any]) -> str:
+    """The page of the documentation, from the figures that are held."""
+    answers: Mapping[str, Any] = held["answers"]
+    studies = [
+        study
+        for study in hs.studies.STUDIES.values()
+        if all(f"{study.name}/{claim.name}" in answers for claim in study.claims)
+    ]
+    shown = [answers[f"{one.name}/{claim.name}"] for one in studies for claim in one.claims]
+    counts = {one: sum(answer["verdict"] == one for answer in shown) for one in _VERDICTS}
+    versions = ", ".join(f"{name} {number}" for name, number in held["versions"].items())
     lines = [
         "# Gallery: a real language model",
         "",
-        f"{_counted(len(results))} [studies](studies.md), asked of SmolLM2-135M-Instruct: 30 "
+        f"{_counted(len(studies))} [studies](studies.md), asked of SmolLM2-135M-Instruct: 30 "
         "layers of 9 heads that share 3 keys, Apache-2.0, from its package of weights in four "
-        f"bits. Of {len(every)} claims {counts['holds']} hold, "
+        f"bits. Of {len(shown)} claims {counts['holds']} hold, "
         f"{counts['does not hold']} do not, and "
         f"{counts['cannot be asked']} cannot be asked of it. A claim that does not hold here may "
         "hold in larger models, on which most of these papers stand; or the number of examples "
         "is too small to tell, which the interval shows.",
         "",
-        "`make gallery` runs it again on two cores and goes on where it stopped; "
-        "`make test-real` asks the quick studies again and fails if a number moves; with "
-        "`HEADSCOPE_GALLERY=all` it asks all of them.",
+        "`make gallery` runs it again on two cores and goes on where it stopped. "
+        f"{_cost(shown)} `make test-real` asks the quick studies again and fails if a number "
+        "moves; with `HEADSCOPE_GALLERY=all` it asks all of them.",
         "",
-        f"Weights {about.weight_digest}, {about.dtype}, seed {about.seed}; {versions}.",
+        f"Weights {held['weights']}, {held['dtype']}, seed {held['seed']}; {versions}.",
         "",
         "## Verdicts",
         "",
         "| study | claim | verdict | value | control | difference, 99 % | n |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, result in results.items():
-        lines += [_row(name, answer) for answer in result.answers]
-    for name, result in results.items():
-        lines += _section(name, result, pictures.get(name))
+    for study in studies:
+        lines += [_row(study, claim, answers) for claim in study.claims]
+    lines += _costs(studies, answers)
+    for study in studies:
+        lines += _section(study, answers, held["pictured"].get(study.name), held["seed"])
     return "\n".join(lines) + "\n"
+
+
+def _cost(shown: Sequence[Mapping[str, Any]]) -> str:
+    """One sentence on the time of the whole gallery."""
+    known = [one["seconds"] for one in shown if one["seconds"] is not None]
+    missing = len(shown) - len(known)
+    but = f" ({missing} claims, whose time was not recorded, left out)" if missing else ""
+    return (
+        f"Recorded, the claims took {sum(known) / 60:.0f} minutes of processor time together, "
+        f"one core at a time{but}."
+    )
+
+
+def _costs(studies: Sequence[Study], answers: Mapping[str, Any]) -> list[str]:
+    """Table of the processor time of each study, the longest first."""
+    took = {
+        study.name: [answers[f"{study.name}/{claim.name}"]["seconds"] for claim in study.claims]
+        for study in studies
+    }
+    known = {name: sum(found) for name, found in took.items() if None not in found}
+    longest = sorted(known, key=lambda name: -known[name])
+    few = [name for name in longest if known[name] < 60]
+    rows = [f"| {name} | {known[name] / 60:.1f} |" for name in longest if name not in few]
+    rest = sum(known[name] for name in few)
+    rows.append(f"| {len(few)} others, under a minute each | {rest / 60:.1f} |")
+    rows.append(f"| **together** | **{sum(known.values()) / 60:.1f}** |")
+    return [
+        "",
+        "## Time",
+        "",
+        "Processor minutes of one core. A study that uses heads or texts that another has found "
+        "first shares them, and is cheaper for it than alone.",
+        "",
+        "| study | minutes |",
+        "|---|---|",
+        *rows,
+    ]
 
 
 def _counted(found: int) -> str:
@@ -195,39 +272,49 @@ def _counted(found: int) -> str:
     return f"The {every}" if found == every else f"{found} of the {every}"
 
 
-def _row(name: str, one: Answer) -> str:
-    number: Callable[[float], str] = lambda value: f"{value:.3g}"  # noqa: E731
+def _row(study: Study, claim: Claim, answers: Mapping[str, Any]) -> str:
+    one = answers[f"{study.name}/{claim.name}"]
+    number: Callable[[float | None], str] = lambda value: (  # noqa: E731
+        "-" if value is None else f"{value:.3g}"
+    )
     cells = ["-"] * 4
-    if one.n:
-        unit = f" {one.unit}" if one.unit else ""
+    if one["n"]:
+        unit = f" {claim.unit}" if claim.unit else ""
         cells = [
-            f"{number(one.value)}{unit}",
-            number(one.control),
-            f"{number(one.low)} to {number(one.high)}",
-            str(one.n),
+            f"{number(one['value'])}{unit}",
+            number(one["control"]),
+            f"{number(one['low'])} to {number(one['high'])}",
+            str(one["n"]),
         ]
-    anchor = name_of(name)
-    return f"| [{name}](#{anchor}) | {one.claim} | **{one.verdict}** | " + " | ".join(cells) + " |"
+    start = f"| [{study.name}](#{name_of(study)}) | {claim.name} | **{one['verdict']}** | "
+    return start + " | ".join(cells) + " |"
 
 
-def name_of(study: str) -> str:
+def name_of(study: Study) -> str:
     """Anchor of a study's section, as the documentation makes it of the heading."""
-    title = f"{hs.studies.STUDIES[study].title} ({study})".lower()
+    title = f"{study.title} ({study.name})".lower()
     kept = "".join(one for one in title if one.isalnum() or one in " -_")
     return kept.replace(" ", "-")
 
 
-def _section(name: str, result: StudyResult, claim: str | None) -> list[str]:
-    lines = ["", f"## {result.title} ({name})", "", f"{result.paper}.", ""]
-    for one in result.answers:
-        # A model that is a file is named by its path: that of this machine is nobody's business.
-        model = re.escape(Path(result.provenance.model).name)
-        because = re.sub(rf"\S*/(?={model})", "", one.because)
-        why = f" {_escaped(because)}" if because else ""
-        lines.append(f"- **{one.claim}**, {one.verdict}: {one.statement}{why}")
-    if claim is not None:
-        held = next(one for one in result.answers if one.claim == claim)
-        lines += ["", f"![{held.statement}](gallery/{name}.png)"]
+def _section(
+    study: Study, answers: Mapping[str, Any], pictured: str | None, seed: int
+) -> list[str]:
+    lines = ["", f"## {study.title} ({study.name})", "", f"{study.paper}.", ""]
+    for claim in study.claims:
+        one = answers[f"{study.name}/{claim.name}"]
+        why = f" {_escaped(one['because'])}" if one["because"] else ""
+        lines.append(f"- **{claim.name}**, {one['verdict']}: {claim.statement}{why}")
+    if pictured is not None:
+        held = next(claim for claim in study.claims if claim.name == pictured)
+        n = answers[f"{study.name}/{held.name}"]["n"]
+        lines += [
+            "",
+            f"![{held.statement}](gallery/{study.name}.png)",
+            "",
+            f"*{held.name}: {_escaped(held.value)} Control: {_escaped(held.control)} n = {n}, "
+            f"seed {seed}; the interval in the table is at 99 %.*",
+        ]
     return lines
 
 

@@ -253,11 +253,14 @@ def _nothing(name: str, value: Any) -> str | None:
 
 def _array(name: str, value: Any) -> str | None:
     plain = isinstance(value, str | bytes | Real | dict | set) or value is None
-    return f"{_given(name, value)}: give a tensor." if plain else None
+    texts = isinstance(value, list | tuple) and any(isinstance(one, str) for one in value)
+    return f"{_given(name, value)}: give a tensor." if plain or texts else None
 
 
 def _mapping(name: str, value: Any) -> str | None:
-    return None if isinstance(value, Mapping) else f"{_given(name, value)}: give a mapping."
+    if isinstance(value, Mapping):
+        return None
+    return f"{_given(name, value)}: give a mapping, as {name}={{'name': ...}}."
 
 
 _PLAIN: dict[Any, ArgumentCheck] = {

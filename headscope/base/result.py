@@ -3,10 +3,12 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from html import escape
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
 
 from headscope.base.arguments import check_methods
 
@@ -225,6 +227,76 @@ class Shown:
         return self.glance().html()
 
 
+class Listed(Shown):
+    """Base of dataclasses that display their fields: sizes of arrays, the first of many texts."""
+
+    def glance(self) -> Glance:
+        """One row per field that holds something."""
+        held = [(one.name, getattr(self, one.name)) for one in fields(self)]  # type: ignore[arg-type]
+        rows = [(name.replace("_", " "), in_words(value)) for name, value in held]
+        told = str(self) if type(self).__str__ is not object.__str__ else ""
+        return Glance(
+            _spaced(type(self).__name__),
+            [told],
+            columns=("field", "value"),
+            rows=[row for row in rows if row[1]],
+            whole=True,
+        )
+
+
+def _spaced(name: str) -> str:
+    """The name of a class as words: ``rotary bands`` of ``RotaryBands``."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()
+
+
+def in_words(value: Any) -> str:
+    """A value of any type in a few words; empty for nothing.
+
+    Example:
+        >>> in_words(np.array([[0.25, 0.75]])), in_words(("a", "b")), in_words(None)
+        ('[1, 2], mean 0.5, 0.25 to 0.75', "'a', 'b'", '')
+    """
+    if value is None or (isinstance(value, tuple | list | Mapping) and not value):
+        return ""
+    if isinstance(value, Shown):
+        return value.summary().partition("\n")[0]
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return _array_in_words(value)
+    if isinstance(value, Mapping):
+        return _first([str(one) for one in value])
+    if isinstance(value, tuple | list) and type(value).__str__ in (tuple.__str__, list.__str__):
+        return _first([_one(one) for one in value])
+    return _one(value)
+
+
+def _one(value: Any) -> str:
+    if isinstance(value, str):
+        return repr(readable(value))
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return readable(str(value), 80)
+
+
+def _first(said: Sequence[str]) -> str:
+    """The first of many, and how many there are."""
+    few = ", ".join(said[:4])
+    return few if len(said) <= 4 else f"{few} ... ({len(said)})"
+
+
+def _array_in_words(value: Any) -> str:
+    """Shape, mean and range of an array or a tensor."""
+    values = np.asarray(value.detach().float().cpu() if hasattr(value, "detach") else value)
+    shape = str(list(values.shape))
+    if values.dtype.kind not in "biuf" or not np.isfinite(values.astype(float)).any():
+        return shape
+    known = values.astype(float)[np.isfinite(values.astype(float))]
+    if values.dtype.kind == "b":
+        return f"{shape}, {int(known.sum()):,} true"
+    return f"{shape}, mean {number(known.mean())}, {number(known.min())} to {number(known.max())}"
+
+
 def readable(text: str, most: int = 40) -> str:
     """Text on one line, with invisible characters spelled out, truncated."""
     line = "".join(
@@ -275,6 +347,11 @@ def sizes(names: Sequence[str], counts: Sequence[int]) -> str:
         f"{count} {name}{'' if count == 1 else 's'}"
         for name, count in zip(names, counts, strict=True)
     )
+
+
+def counted(count: int, noun: str = "example") -> str:
+    """Format a number of things: ``1 example``, ``12 examples``."""
+    return sizes((noun,), (count,))
 
 
 def shaded(rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float]]) -> Grid:

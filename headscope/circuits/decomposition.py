@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headscope.base.arguments import checked
+from headscope.base.result import Listed
 from headscope.circuits.ov_qk import need_write, qk_of_run, with_bias
 from headscope.errors import InputError
 from headscope.heads import HeadIndex, ModelShape
@@ -17,8 +18,8 @@ from headscope.models.running import own_types
 from headscope.models.taps import Reads, TapView, at_layers
 
 
-@dataclass(frozen=True, eq=False)
-class ScoreParts:
+@dataclass(frozen=True, eq=False, repr=False)
+class ScoreParts(Listed):
     """One attention score (before scaling and soft cap) in the singular basis of its QK circuit.
 
     ``score = sum(products)``, with component k contributing ``S[k] * (x_query . U[:, k]) * (x_key .
@@ -50,8 +51,8 @@ class ScoreParts:
         return float(self.products[self.kept].sum())
 
 
-@dataclass(frozen=True)
-class TracedEdge:
+@dataclass(frozen=True, repr=False)
+class TracedEdge(Listed):
     """Contribution of one earlier head to a head's query or key signal.
 
     Attributes:

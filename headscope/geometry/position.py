@@ -17,6 +17,7 @@ from torch import Tensor
 
 from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
+from headscope.base.result import Listed
 from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Design
 from headscope.errors import InputError, UnsupportedModelError
@@ -39,8 +40,8 @@ _TOKENS_PER_PASS = 4096
 _EXPLAINED, _VISIBLE_FROM = 0.999, 1e-20
 
 
-@dataclass(frozen=True, eq=False)
-class Anova:
+@dataclass(frozen=True, eq=False, repr=False)
+class Anova(Listed):
     """Decomposition of states of equally long texts: ``mean + position + context + rest``.
 
     Attributes:

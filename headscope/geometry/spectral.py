@@ -17,6 +17,7 @@ from torch import Tensor
 
 from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
+from headscope.base.result import Listed
 from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Design
 from headscope.errors import InputError, UnsupportedModelError
@@ -35,8 +36,8 @@ LayerReader = Callable[[int, int, Tensor], None]
 _DOPE = "Xiong et al. 2025, arXiv 2511.09146 (DoPE)"
 
 
-@dataclass(frozen=True, eq=False)
-class RotaryBands:
+@dataclass(frozen=True, eq=False, repr=False)
+class RotaryBands(Listed):
     """Entropy of rotated queries or keys, by head and by rotary plane.
 
     Attributes:

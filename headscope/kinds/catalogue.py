@@ -16,7 +16,7 @@ from headscope.base.arguments import checked
 from headscope.base.files import Saved, writable_folder
 from headscope.base.options import RunOptions, track
 from headscope.base.statistics import benjamini_hochberg
-from headscope.errors import HeadscopeError, InputError, nearest
+from headscope.errors import HeadscopeError, InputError, nearest, whole
 from headscope.heads import HeadIndex
 from headscope.kinds import measures
 from headscope.kinds.measures import AskedModel, Confirm, Criterion, Kind, Unasked, one_sided
@@ -395,7 +395,6 @@ UNASKED: tuple[Unasked, ...] = (
 
 
 _Part = TypeVar("_Part", bound=Saved)
-_MOST_ABLATED = 16  # heads per kind, strongest first
 
 
 @dataclass(frozen=True, eq=False)
@@ -440,6 +439,7 @@ def survey(
     *,
     confirm: bool = True,
     alpha: float = 0.05,
+    most: int = 16,
     seed: int = 0,
     batch_size: int | None = None,
     folder: "str | Path | None" = None,
@@ -461,6 +461,7 @@ def survey(
         kinds: names from :data:`headscope.kinds.KINDS`, or your own kinds. Default: all.
         confirm: also ablate the heads that were found.
         alpha: false discovery rate, between 0 and 1.
+        most: heads of each kind to ablate, strongest first.
         seed: seed for all probes.
         batch_size: examples per pass.
         folder: where finished kinds are saved; built-in kinds only, since the name of a custom kind
@@ -472,8 +473,8 @@ def survey(
         reason).
 
     Raises:
-        InputError: if a kind is unknown or has no p-value, alpha is not between 0 and 1, or the
-            folder cannot be written.
+        InputError: if a kind is unknown or has no p-value, alpha is not between 0 and 1, ``most``
+            is below 1, or the folder cannot be written.
 
     Source: Zheng et al. 2024 (arXiv 2409.03752), survey of attention heads.
 
@@ -484,6 +485,7 @@ def survey(
     """
     if not isinstance(alpha, int | float) or not 0 < alpha < 1:
         raise InputError(f"alpha={alpha!r}: give a number between 0 and 1.")
+    whole(most, "most", 1)
     RunOptions(batch_size, seed=seed, progress=progress)
     wanted = _wanted(kinds)
     asked = AskedModel(model, seed, batch_size)
@@ -507,7 +509,7 @@ def survey(
     ]  # fmt: skip
     if confirm:
         by_name = {kind.name: kind for kind in wanted}
-        findings = _confirmed(asked, by_name, findings, alpha, parts, progress)
+        findings = _confirmed(asked, by_name, findings, alpha, most, parts, progress)
     if kinds is None:
         facts += [
             KindFacts(one.name, "", "", "", "", one.source, "", reason=one.reason)
@@ -651,6 +653,7 @@ def _confirmed(
     kinds: Mapping[str, Kind],
     findings: Sequence[Finding],
     alpha: float,
+    most: int,
     parts: _Parts,
     progress: bool | None,
 ) -> list[Finding]:
@@ -658,7 +661,7 @@ def _confirmed(
     effects: dict[tuple[str, HeadIndex], tuple[float, float]] = {}
     ablated = _Ablated(asked, {})
     plans = {
-        name: [one.head for one in findings if one.kind == name][:_MOST_ABLATED]
+        name: [one.head for one in findings if one.kind == name][:most]
         for name in dict.fromkeys(one.kind for one in findings)
         if kinds[name].confirm is not None
     }

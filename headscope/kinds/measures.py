@@ -20,6 +20,7 @@ from headscope.errors import HeadscopeError, InputError
 from headscope.heads import HeadIndex
 from headscope.metrics import Metric
 from headscope.models.protocol import HeadModel, lacks
+from headscope.origin import of_weights
 from headscope.probes.encoding import (
     HasVocabulary,
     at_positions,
@@ -990,7 +991,7 @@ def relation_scores(
         name, values, kv_heads=shape.n_kv_heads, control_per_example=null,
         design=Design(paired=True), unit="share", bounds=(0.0, 1.0),
         description="its weights map tokens to their partners",
-        source="Gould et al. 2023 (arXiv 2312.09230)",
+        source="Gould et al. 2023 (arXiv 2312.09230)", provenance=of_weights(model),
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
+from headscope.base.result import Glance, Shown
 from headscope.errors import InputError
 from headscope.heads import ModelShape
 from headscope.lens.attribution import row_positions
@@ -93,7 +94,7 @@ def head_streams(model: HeadModel, batch: Probe, layers: tuple[int, ...]) -> Hea
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AttentionLens:
+class AttentionLens(Shown):
     """Learned map from each head's output to the vocabulary.
 
     Head h of a layer reads as ``z_h (W_O_h D.T + inner_h outer_h) / s``: the plain direct path (D:
@@ -186,6 +187,11 @@ class AttentionLens:
     def judged(self, report: FitReport) -> "AttentionLens":
         """The same lens with its report."""
         return replace(self, report=report)
+
+    def glance(self) -> Glance:
+        """Show the held-out loss of every layer."""
+        title = f"{self.title} of {self.model}"
+        return Glance(title) if self.report is None else replace(self.report.glance(), title=title)
 
     def __repr__(self) -> str:
         """Describe the lens and its held-out gain."""

@@ -20,6 +20,7 @@ from headscope import capture, probes
 from headscope.base.configs import Strict, parse
 from headscope.base.files import check_same, read_only, whole_file, writable_folder
 from headscope.base.options import RunOptions
+from headscope.base.result import Glance, Shown, number
 from headscope.base.statistics import mean_and_sem
 from headscope.errors import InputError
 from headscope.lens.attribution import row_positions
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     import pandas
 
 
-@dataclass(frozen=True, eq=False)
-class FitReport:
+@dataclass(frozen=True, eq=False, repr=False)
+class FitReport(Shown):
     """Held-out losses of a learned and of the plain lens, per place and example.
 
     Attributes:
@@ -70,6 +71,24 @@ class FitReport:
     def better(self) -> Bool[np.ndarray, " row"]:
         """Mask of places where the held-out loss is lower than that of the plain lens."""
         return np.asarray(self.gain > 0)
+
+    def glance(self) -> Glance:
+        """Show the losses of every place, in nats."""
+        every = zip(
+            self.rows,
+            self.learned.mean(1),
+            self.plain.mean(1),
+            self.gain,
+            *self.agreement,
+            strict=True,
+        )
+        return Glance(
+            "held-out loss",
+            [str(self)],
+            ("place", "learned", "plain", "gain", "agreement", "of the plain lens"),
+            [(name, *(number(float(one)) for one in values)) for name, *values in every],
+            hint="report.to_pandas()",
+        )
 
     def __str__(self) -> str:
         """Say in one line whether the learned lens beats the plain one."""
@@ -455,10 +474,10 @@ class _Kept:
 def _named(
     parameters: Sequence[Tensor], optimiser: torch.optim.Adam
 ) -> Iterator[tuple[str, Tensor]]:
-    for number, one in enumerate(parameters):
-        yield f"value.{number}", one
+    for place, one in enumerate(parameters):
+        yield f"value.{place}", one
         for moment in _MOMENTS:
-            yield f"{moment}.{number}", optimiser.state[one][moment]
+            yield f"{moment}.{place}", optimiser.state[one][moment]
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ that its prediction matches the model's.
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
+from headscope.base.result import Glance, Shown
 from headscope.errors import InputError, nearest
 from headscope.lens.fitting import (
     Data,
@@ -41,7 +42,7 @@ _TITLES = {"tuned": "tuned lens", "shortcut": "linear shortcuts"}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ResidualLens:
+class ResidualLens(Shown):
     """Affine map ``x @ weight + bias`` per place, followed by the model's own unembedding.
 
     Attributes:
@@ -95,6 +96,10 @@ class ResidualLens:
             report=self.report.to_json(),
         )
         save_lens(folder, tensors, facts)
+
+    def glance(self) -> Glance:
+        """Show the held-out loss of every place."""
+        return replace(self.report.glance(), title=f"{self.title} of {self.model}")
 
     def __repr__(self) -> str:
         """Return what it is and whether it is worth anything."""

@@ -208,7 +208,11 @@ class ModelParts(Protocol):
 
 @runtime_checkable
 class HeadModel(Protocol):
-    """A language model seen head by head. ``hf.py`` and ``bridge.py`` implement it."""
+    """A language model seen head by head. ``hf.py`` and ``bridge.py`` implement it.
+
+    Attributes:
+        name: as it was loaded; of an absolute path the last part.
+    """
 
     name: str
     shape: ModelShape

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 
 from headscope.base.arguments import checked
+from headscope.base.result import counted
 from headscope.base.statistics import mean_interval
 from headscope.errors import InputError
 from headscope.plots.figure import STYLES, Figure, Theme, captioned, dress, label
@@ -69,7 +70,7 @@ def curves(
     clean = float(np.nanmean(grid.unedited))
     figure.add_hline(clean, line={"dash": "dot", "width": 1, "color": style.text})
     said = [label(grid.provenance.model)] if grid.provenance.model else []
-    said.append(f"{values.shape[-1]} examples, {level:.0%} intervals; dotted: the whole model")
+    said.append(f"{counted(values.shape[-1])}, {level:.0%} intervals; dotted: the whole model")
     beside = 64 + 8 * max(len(one.name) for one in figure.data if one.name)  # room for the names
     measured = str(grid.provenance.probe.get("metric", "metric"))
     dress(
@@ -91,7 +92,7 @@ def curves(
     captioned(
         figure,
         grid.provenance,
-        n=f"{values.shape[-1]} examples",
+        n=counted(values.shape[-1]),
         method=f"{grid.name}, mean {measured} of each arm with its {level:.0%} interval",
         more=[f"grey band: lowest to highest of {len(chosen)} random controls"] if chosen else [],
     )
@@ -133,11 +134,16 @@ def _line(
             hoverinfo="skip",
             showlegend=False,
         )
+    alone = len(x) == 1  # neither a line nor a band shows a single step
+    ends = (high - mean)[there], (mean - low)[there]
+    bars = {"type": "data", "array": ends[0].tolist(), "arrayminus": ends[1].tolist()}
     figure.add_scatter(
         x=x,
         y=mean[there].tolist(),
         name=label(name),
-        mode="lines",
+        mode="markers" if alone else "lines",
+        marker={"color": colour, "size": 8},
+        error_y={**bars, "color": colour} if alone else None,
         line={"color": colour, "width": 2},
         hovertemplate=f"<b>{label(name)}</b><br>%{{x}} heads: %{{y:.3g}}<extra></extra>",
     )
@@ -177,7 +183,7 @@ def token_losses(losses: TokenLosses, *, window: int = 1, theme: Theme = "light"
             hovertemplate=f"<b>{label(arm)}</b><br>token %{{x}}: %{{y:.3g}}<extra></extra>",
         )
     said = [label(losses.model)] if losses.model else []
-    said.append(f"mean of {losses.losses.shape[1]} texts")
+    said.append(f"mean of {counted(losses.losses.shape[1], 'text')}")
     said += [f"running mean of {window} tokens"] if window > 1 else []
     beside = 64 + 8 * max(map(len, losses.arms))
     dress(
@@ -371,7 +377,7 @@ def layers(
     )
     style = STYLES[theme]
     at = np.arange(len(table.places))
-    ticks = at[:: max(1, -(-len(at) // 8))]
+    ticks = at[:: max(1, -(-len(at) // 6))]
     for number, measure in enumerate(chosen):
         place = {"row": number // columns + 1, "col": number % columns + 1}
         low, high = measure.interval(level)
@@ -418,4 +424,4 @@ def layers(
 def _subtitle(table: LayerTable, level: float) -> str:
     texts = max(measure.per_text.shape[1] for measure in table.measures)
     model = f"{label(table.provenance.model)}, " if table.provenance.model else ""
-    return f"{model}{texts} texts; mean and {level:.0%} interval after each block"
+    return f"{model}{counted(texts, 'text')}; mean and {level:.0%} interval after each block"

@@ -140,12 +140,17 @@ def _bar(area: "Axes", drawn: Untyped, bar: Untyped, ink: str) -> None:
     cax.set_ylabel(plain(bar.title.text), color=ink, fontsize=9)
 
 
+def _spread(error: Untyped) -> np.ndarray | None:
+    """Lengths of error bars, downwards and upwards; None without any."""
+    if error.array is None:
+        return None
+    below = error.array if error.arrayminus is None else error.arrayminus
+    both = np.stack([np.asarray(below, float), np.asarray(error.array, float)])
+    lengths: np.ndarray = np.nan_to_num(both).clip(0)
+    return lengths
+
+
 def _bars(area: "Axes", trace: Untyped, ink: str) -> None:
-    error = trace.error_y
-    both = None
-    if error.array is not None:
-        below = error.array if error.arrayminus is None else error.arrayminus
-        both = np.nan_to_num(np.stack([np.asarray(below, float), np.asarray(error.array, float)]))
     x = range(len(trace.y)) if trace.x is None else trace.x
     area.bar(
         [one if isinstance(one, int | float) else plain(str(one)) for one in x],
@@ -153,7 +158,7 @@ def _bars(area: "Axes", trace: Untyped, ink: str) -> None:
         width=0.75,
         bottom=None if trace.base is None else np.asarray(trace.base, float),
         color=_colours(trace.marker.color),
-        yerr=None if both is None else both.clip(0),
+        yerr=_spread(trace.error_y),
         error_kw={"ecolor": ink, "elinewidth": 1, "capsize": 2},
         zorder=2,
     )
@@ -186,7 +191,10 @@ def _points(area: "Axes", trace: Untyped, ink: str) -> None:
             area.fill(x, y, color=colour_of(trace.fillcolor, None), **faint)
     size = np.asarray(given(trace.marker.size, 6), float)
     if "markers" in mode:
-        _markers(area, trace.marker, x, y, size, ink)
+        _markers(area, trace.marker, x, y, size, ink, None if "lines" in mode else name)
+    if (spread := _spread(trace.error_y)) is not None:
+        colour = colour_of(trace.error_y.color, None)
+        area.errorbar(x, y, spread, fmt="none", ecolor=colour, elinewidth=1, capsize=2)
     if "text" in mode:
         sizes = np.broadcast_to(size if "markers" in mode else 0.0, len(trace.text))
         for i, text in enumerate(trace.text):
@@ -198,7 +206,13 @@ def _points(area: "Axes", trace: Untyped, ink: str) -> None:
 
 
 def _markers(
-    area: "Axes", marker: Untyped, x: Untyped, y: Untyped, size: np.ndarray, ink: str
+    area: "Axes",
+    marker: Untyped,
+    x: Untyped,
+    y: Untyped,
+    size: np.ndarray,
+    ink: str,
+    name: str | None,
 ) -> None:
     """Draw points, with their colour bar if they have one."""
     one = marker.color is None or isinstance(marker.color, str)
@@ -210,7 +224,7 @@ def _markers(
     edge: dict[str, Any] = {"edgecolors": "none"}
     if marker.line.width:
         edge = {"edgecolors": colour_of(marker.line.color), "linewidths": 0.75 * marker.line.width}
-    area.scatter(x, y, s=(0.75 * size) ** 2, zorder=3, **edge, **kept)
+    area.scatter(x, y, s=(0.75 * size) ** 2, zorder=3, label=name, **edge, **kept)
     if marker.colorscale is not None:
         from matplotlib.cm import ScalarMappable
         from matplotlib.colors import Normalize

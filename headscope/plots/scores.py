@@ -11,6 +11,7 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 
 from headscope.base.arguments import checked
+from headscope.base.result import counted
 from headscope.base.statistics import interval_of_sem, mean_interval, rank_correlation
 from headscope.errors import InputError
 from headscope.plots.figure import (
@@ -102,7 +103,7 @@ def _captioned(figure: go.Figure, shown: Sequence[HeadScores], drawn: str = "") 
     """Attach the caption: n, method, and for a single score its uncertainty and null."""
     counts = np.concatenate([one.n[np.isfinite(one.mean)] for one in shown])
     low, high = (int(counts.min()), int(counts.max())) if counts.size else (0, 0)
-    n = f"{high}" if low == high else f"{low} to {high}"
+    n = counted(high) if low == high else f"{low} to {high} examples"
     method = ", ".join(one.name.replace("_", " ") for one in shown[:3])
     method += f" and {len(shown) - 3} more" if len(shown) > 3 else ""
     more = []
@@ -118,7 +119,7 @@ def _captioned(figure: go.Figure, shown: Sequence[HeadScores], drawn: str = "") 
     captioned(
         figure,
         shown[0].provenance,
-        n=f"{n} examples per head",
+        n=f"{n} per head",
         method=", ".join(filter(None, [f"mean {method} of each head", drawn])),
         more=more,
     )
@@ -292,7 +293,7 @@ def effect_heatmap(
     captioned(
         figure,
         grid.provenance,
-        n=f"{len(grid.unedited)} examples",
+        n=counted(len(grid.unedited)),
         method=f"{grid.name}, mean effect of each cell",
         more=[f"95% interval of a mean: ±{np.median(half):.2g} (median cell)"] if half.size else [],
     )
@@ -301,7 +302,7 @@ def effect_heatmap(
 
 def _effect_subtitle(grid: EffectGrid) -> str:
     parts = [label(grid.provenance.model)] if grid.provenance.model else []
-    parts.append(f"mean of {len(grid.unedited)} examples")
+    parts.append(f"mean of {counted(len(grid.unedited))}")
     if np.isnan(grid.mean).any():
         parts.append("grey: no value")
     return ", ".join(parts)

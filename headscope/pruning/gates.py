@@ -27,6 +27,7 @@ from headscope.ablation.run import Measurement, Metricish
 from headscope.base.arguments import checked
 from headscope.base.checkpoints import AdamRun, Checkpoint, CheckpointPath
 from headscope.base.options import RunOptions
+from headscope.base.result import Listed
 from headscope.base.specs import Direction
 from headscope.edits import HeadSite, entmax
 from headscope.errors import InputError
@@ -65,8 +66,8 @@ def chance_open(log_alpha: Float[Tensor, "layer head"]) -> Float[Tensor, "layer 
     return torch.sigmoid(log_alpha - BETA * float(np.log(-LOW / HIGH)))
 
 
-@dataclass(frozen=True, eq=False)
-class LearnedGates:
+@dataclass(frozen=True, eq=False, repr=False)
+class LearnedGates(Listed):
     """Trained gates, and the heads that they keep and remove.
 
     Attributes:
@@ -89,9 +90,9 @@ class LearnedGates:
         """All heads, the most closed gate first, as an order of pruning."""
         return _by_alpha(self.log_alpha, (*self.kept, *self.removed))
 
-    def __repr__(self) -> str:
+    def __str__(self) -> str:
         """Numbers of heads kept and removed."""
-        return f"LearnedGates({len(self.kept)} heads kept, {len(self.removed)} removed)"
+        return f"{len(self.kept)} heads kept, {len(self.removed)} removed"
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from headscope.ablation.run import present
 from headscope.base.arguments import checked
+from headscope.base.result import Listed
 from headscope.edits import Heads, head_list
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.models.hf.model import HFModel
@@ -125,8 +126,8 @@ def load_pruned(
 _REPEATS = 3
 
 
-@dataclass(frozen=True)
-class Size:
+@dataclass(frozen=True, repr=False)
+class Size(Listed):
     """Cost of one forward pass over a batch.
 
     Attributes:
@@ -156,10 +157,10 @@ class Size:
 def measure_size(
     model: Any, tokens: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"] | None = None
 ) -> Size:
-    """Measure a transformers model, e.g. a pruned one, on a batch.
+    """Measure a model, such as a pruned one, on a batch.
 
     Args:
-        model: a ``PreTrainedModel``.
+        model: a ``PreTrainedModel``, as :func:`prune` returns it, or from :func:`headscope.load`.
         tokens: token ids.
         real: False at padding.
 
@@ -168,12 +169,14 @@ def measure_size(
         >>> import torch
         >>> tokens = torch.zeros(2, 10, dtype=torch.long)
         >>> model = hs.load()
-        >>> whole = hs.pruning.measure_size(model.module, tokens)
+        >>> whole = hs.pruning.measure_size(model, tokens)
         >>> less = hs.pruning.measure_size(hs.prune(model, "L0H1"), tokens)
         >>> less.parameters < whole.parameters and less.flops < whole.flops
         True
     """
-    inputs: dict[str, Any] = {"input_ids": tokens.to(model.device), "use_cache": False}
+    model = getattr(model, "module", model)
+    ids = torch.as_tensor(tokens, device=model.device)
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
     if real is not None:
         inputs["attention_mask"] = real.long().to(model.device)
     with _eager(model), FlopCounterMode(display=False) as counter:

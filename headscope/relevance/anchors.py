@@ -15,6 +15,7 @@ from headscope.ablation.run import Measurement
 from headscope.base.arguments import checked
 from headscope.base.checkpoints import AdamRun, Checkpoint
 from headscope.base.options import RunOptions, track
+from headscope.base.result import Listed
 from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Design
 from headscope.edits import Span
@@ -448,8 +449,8 @@ def _others(probe: Probe, label: Bool[Tensor, "batch pos"], seed: int) -> Bool[T
     return free & (order < label.sum(1, keepdim=True))
 
 
-@dataclass(frozen=True, eq=False)
-class Reweighted:
+@dataclass(frozen=True, eq=False, repr=False)
+class Reweighted(Listed):
     """Learned weights of label words by head and class, on a frozen model.
 
     Attributes:

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 
 from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
+from headscope.base.result import Glance, Shown, number
 from headscope.base.statistics import mean_and_sem
 from headscope.edits import Heads
 from headscope.errors import HeadscopeError, InputError
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
     import pandas
 
 
-@dataclass(frozen=True, eq=False)
-class PassageFaithfulness:
+@dataclass(frozen=True, eq=False, repr=False)
+class PassageFaithfulness(Shown):
     """Answers by way of generation: the passage's, the model's own, or neither.
 
     Attributes:
@@ -77,6 +78,21 @@ class PassageFaithfulness:
                 row |= {name: float(moments.mean[0]), f"{name}_sem": float(moments.sem[0])}
             rows.append(row | {"n": len(passage)})
         return pandas.DataFrame(rows)
+
+    def glance(self) -> Glance:
+        """One row per arm."""
+        columns = ("arm", "passage", "own", "neither", "margin")
+        return Glance(
+            "answers of the passage, or the model's own",
+            [f"{len(self.answers)} examples", "shares", "margin in nats"],
+            columns,
+            [
+                (row["arm"], *(number(row[name]) for name in columns[1:]))
+                for row in self.to_pandas().to_dict("records")
+            ],
+            hint="found.to_pandas(), found.texts",
+            whole=True,
+        )
 
     def __str__(self) -> str:
         """One line per arm."""
@@ -295,7 +311,7 @@ def contradictions(
             "the model gives every answer without the passage, so that no passage contradicts "
             "it: use other needles."
         )
-    for number, one in enumerate(against):
+    for row, one in enumerate(against):
         drawn = needle(
             model,
             length,
@@ -303,7 +319,7 @@ def contradictions(
             list(one),
             per_cell=1,
             distractors=len(one) - 1,
-            seed=seed + number,
+            seed=seed + row,
             **probe,
         )
         made.append(replace(drawn, control=None))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from headscope.base.arguments import checked
 from headscope.base.options import RunOptions, chunk_bytes, free_cached_memory, is_out_of_memory
+from headscope.base.result import Glance, Shown, number
 from headscope.capture import check_fits, chunks
 from headscope.errors import HeadscopeError, InputError
 from headscope.heads import ModelShape
@@ -78,8 +79,8 @@ class Run:
         return np.where(seen, values, np.nan)
 
 
-@dataclass(frozen=True, eq=False)
-class Runs:
+@dataclass(frozen=True, eq=False, repr=False)
+class Runs(Shown):
     """All runs of a probe, in its order.
 
     Attributes:
@@ -123,6 +124,16 @@ class Runs:
     def accuracy(self) -> float:
         """Share of answered runs."""
         return float(self.counted.mean())
+
+    def glance(self) -> Glance:
+        """Responses to the first examples, and what was asked for."""
+        return Glance(
+            f"runs of {len(self.runs)} examples",
+            [f"{self.accuracy:.0%} answered (recall above {self.threshold:g})", self.form],
+            ("response", "asked for", "recall"),
+            [(one.response, one.answer.strip(), number(one.recall)) for one in self.runs],
+            hint="runs.samples(), runs.grid()",
+        )
 
     def samples(self, count: int = 3) -> list[str]:
         """Responses and expected answers of the first runs; long replies are truncated."""

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from headscope.base.arguments import checked
 from headscope.base.files import read_part, readable, whole_file, writable_folder
 from headscope.base.options import RunOptions
+from headscope.base.result import Glance, Listed, Shown, number
 from headscope.base.statistics import Design, rank_correlation, top_k_overlap
 from headscope.errors import HeadscopeError, InputError
 from headscope.heads import HeadIndex
@@ -48,8 +49,8 @@ _SOURCE = "Wu et al. 2024 (arXiv 2404.15574), {}"
 THRESHOLD = 0.1
 
 
-@dataclass(frozen=True, eq=False)
-class Retrieval:
+@dataclass(frozen=True, eq=False, repr=False)
+class Retrieval(Shown):
     """Retrieval scores of a probe: means over answered runs, NaN without any.
 
     In the teacher-forced form all runs count.
@@ -67,6 +68,21 @@ class Retrieval:
     by_step: HeadScores
     activation: HeadScores
     runs: Runs
+
+    def glance(self) -> Glance:
+        """The heads that copy most, and how many runs were answered."""
+        return Glance(
+            "retrieval",
+            [str(self)],
+            ("head", "by set", "by step", "active"),
+            [
+                (str(head), *(number(float(one.mean[head])) for one in
+                              (self.by_set, self.by_step, self.activation)))
+                for head, _ in self.by_set.top(6)
+            ],
+            notes=self.hint().splitlines(),
+            hint="found.heads(), found.runs.samples(), hs.plots.heatmap(found.by_set)",
+        )  # fmt: skip
 
     def heads(self, threshold: float = THRESHOLD) -> tuple[HeadIndex, ...]:
         """Heads whose mean (``by_set``) is above the threshold, highest first."""
@@ -396,8 +412,8 @@ def activity(scores: HeadScores, at_least: int | float = 0.0) -> dict[HeadIndex,
     return found
 
 
-@dataclass(frozen=True)
-class Agreement:
+@dataclass(frozen=True, repr=False)
+class Agreement(Listed):
     """Agreement of two scores of the same heads.
 
     Attributes:

@@ -15,6 +15,7 @@ from headscope import edits
 from headscope.ablation.run import present
 from headscope.base.arguments import checked
 from headscope.base.options import Advance, RunOptions
+from headscope.base.result import Glance, Shown, number, sizes
 from headscope.edits import HeadEdit, Heads, Scope
 from headscope.errors import InputError, nearest
 from headscope.interventions import head_means
@@ -233,8 +234,8 @@ class Chooser:
         return [Random(f"{self.seed} {row}") for row in rows]  # noqa: S311 - words, not secrets
 
 
-@dataclass(frozen=True)
-class Generated:
+@dataclass(frozen=True, repr=False)
+class Generated(Shown):
     """Tokens generated after each prompt.
 
     Attributes:
@@ -246,6 +247,21 @@ class Generated:
     tokens: tuple[tuple[int, ...], ...]
     texts: tuple[str, ...]
     alphas: tuple[tuple[float, ...], ...] = ()
+
+    def glance(self) -> Glance:
+        """The text that follows each prompt, and the mean weight of the contrast."""
+        columns = ("prompt", "tokens", "text", "mean weight")
+        weights = [number(sum(one) / len(one)) if one else "-" for one in self.alphas]
+        rows = [
+            (str(at), str(len(tokens)), text, *weights[at : at + 1])
+            for at, (tokens, text) in enumerate(zip(self.tokens, self.texts, strict=True))
+        ]
+        return Glance(
+            f"text after {sizes(('prompt',), (len(rows),))}",
+            columns=columns if self.alphas else columns[:3],
+            rows=rows,
+            hint="said.texts, said.tokens",
+        )
 
 
 class Mixed(NamedTuple):

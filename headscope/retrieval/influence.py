@@ -19,6 +19,7 @@ from headscope.ablation.run import Measurement, Placer, present
 from headscope.base.arguments import checked
 from headscope.base.files import read_part, readable, subfolder, whole_file, writable_folder
 from headscope.base.options import RunOptions
+from headscope.base.result import Glance, Shown, number
 from headscope.edits import Heads
 from headscope.errors import InputError
 from headscope.metrics import loss
@@ -37,8 +38,8 @@ _TOKENS_PER_PASS = 8192
 _LONGEST = 4096
 
 
-@dataclass(frozen=True, eq=False)
-class Influence:
+@dataclass(frozen=True, eq=False, repr=False)
+class Influence(Shown):
     """Effect of masking heads on the loss of each document, in the order given.
 
     Attributes:
@@ -53,6 +54,22 @@ class Influence:
     masked: Float[np.ndarray, " document"]
     tokens: Int[np.ndarray, " document"]
     denominator: Denominator = "base"
+
+    def glance(self) -> Glance:
+        """The documents that the heads help most with."""
+        score = self.score
+        known = [int(at) for at in np.argsort(-score, kind="stable") if np.isfinite(score[at])]
+        return Glance(
+            f"influence of the masked heads on {len(score)} documents",
+            [f"mean {number(float(score[known].mean()))}" if known else "", "share of the loss"],
+            ("document", "score", "loss", "masked", "tokens"),
+            [
+                (str(at), *(number(float(one[at])) for one in (score, self.base, self.masked)),
+                 f"{self.tokens[at]:,}")
+                for at in known
+            ],
+            hint="found.score, found.base, found.masked",
+        )  # fmt: skip
 
     @property
     def score(self) -> Float[np.ndarray, " document"]:
@@ -202,13 +219,13 @@ class Corpus:
     def _read(self, file: BinaryIO) -> Iterator[Document]:
         offset = 3 if file.read(3) == codecs.BOM_UTF8 else 0
         file.seek(offset)
-        for number, line in enumerate(file, 1):
+        for count, line in enumerate(file, 1):
             if line.strip():
-                yield Document(offset, number, self._text(line, number))
+                yield Document(offset, count, self._text(line, count))
             offset += len(line)
 
-    def _text(self, line: bytes, number: int) -> str:
-        where = f"{self.path}, line {number}"
+    def _text(self, line: bytes, count: int) -> str:
+        where = f"{self.path}, line {count}"
         try:
             fields = json.loads(line)
         except (ValueError, RecursionError):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from headscope.base.arguments import checked
 from headscope.base.options import RunOptions
+from headscope.base.result import Listed
 from headscope.base.specs import ScoreSpec
 from headscope.base.statistics import Design
 from headscope.capture import stream
@@ -337,8 +338,8 @@ def _with_one(x: Float[Tensor, "pos d_model"]) -> Float[Tensor, "pos row"]:
     return torch.cat([x, torch.ones_like(x[:, :1])], 1)
 
 
-@dataclass(frozen=True, eq=False)
-class RotaryContributions:
+@dataclass(frozen=True, eq=False, repr=False)
+class RotaryContributions(Listed):
     """Share of each rotary plane in the size of far attention scores; a head's shares sum to 1.
 
     Attributes:

@@ -355,12 +355,13 @@ CHOICES = Study(
 
 # Kinds that ablation can confirm, on probes that every decoder can read.
 _CONFIRMED = ("previous_token", "duplicate_token", "induction", "copying", "retrieval")
+_ABLATED = 8  # heads of each kind
 
 
 def _kinds_are_needed(model: HeadModel, setting: StudySetting) -> Evidence:
     role("induction", model, setting)
     kinds = _CONFIRMED[: setting.size(len(_CONFIRMED), 3)]
-    found = survey(model, kinds, seed=setting.seed, progress=False)
+    found = survey(model, kinds, most=_ABLATED, seed=setting.seed, progress=False)
     tried = [one for one in found.findings if one.confirmed is not None]
     if not tried:
         raise UnsupportedModelError("none of its heads has a kind that ablation can confirm.")
@@ -388,7 +389,7 @@ CATALOGUE = Study(
             "share of heads",
         ),
     ),
-    "Five kinds from the survey; at most sixteen heads of each are ablated, one at a time. A head "
+    "Five kinds from the survey; at most eight heads of each are ablated, one at a time. A head "
     "can have a kind without being needed if other heads do the same. For models with an induction "
     "head; headscope kinds covers all kinds.",
 )

@@ -16,7 +16,7 @@ from headscope.lens.linear import ResidualLens
 from headscope.models.protocol import HeadModel
 from headscope.probes import Probe, in_context
 from headscope.probes.encoding import ordinary_tokens
-from headscope.pruning import gradient_importance, one_shot, pruning_curve
+from headscope.pruning import PruningCurve, gradient_importance, one_shot, pruning_curve
 from headscope.studies.study import (
     MATTERS,
     Claim,
@@ -118,13 +118,25 @@ def _least_important(model: HeadModel, setting: StudySetting) -> tuple[HeadIndex
     )
 
 
-def _prunable(model: HeadModel, setting: StudySetting) -> Evidence:
+def _counts(model: HeadModel, setting: StudySetting) -> list[int]:
+    """How many heads are removed: up to three tenths of them."""
+    shares = (0.1, 0.2, 0.3)[setting.size(0, 1) :]
+    return sorted({max(1, round(share * len(model.shape.heads))) for share in shares})
+
+
+def _pruned(model: HeadModel, setting: StudySetting) -> PruningCurve:
+    """Loss without the least important heads, and without as many random ones."""
     probe, _ = skilled(model, setting)
-    order = _least_important(model, setting)
-    heads = max(1, round(0.3 * len(order)))
-    curve = pruning_curve(
-        model, probe, metrics.loss, {"importance": order}, counts=[heads], progress=False
+    orders = {"importance": _least_important(model, setting)}
+    counts = _counts(model, setting)
+    return setting.share(
+        ("pruned",),
+        lambda: pruning_curve(model, probe, metrics.loss, orders, counts=counts, progress=False),
     )
+
+
+def _prunable(model: HeadModel, setting: StudySetting) -> Evidence:
+    curve, heads = _pruned(model, setting), _counts(model, setting)[-1]
     arms, losses = curve.effects.labels[0], curve.effects.per_example[:, -1]
     random = [arms.index(one) for one in curve.controls]
     return paired(
@@ -137,18 +149,16 @@ def _prunable(model: HeadModel, setting: StudySetting) -> Evidence:
 
 
 def _redundant(model: HeadModel, setting: StudySetting) -> Evidence:
-    probe, losses = skilled(model, setting)
-    order = _least_important(model, setting)
-    heads = max(1, round(0.2 * len(order)))
-    curve = pruning_curve(
-        model, probe, metrics.loss, {"importance": order}, counts=[heads], random=1, progress=False
-    )
-    rise = curve.effects.per_example[curve.effects.labels[0].index("importance"), -1]
+    _, losses = skilled(model, setting)
+    curve, every = _pruned(model, setting), len(model.shape.heads)
+    heads = max(1, round(0.2 * every))
+    at = curve.effects.labels[1].index(str(heads))
+    rise = curve.effects.per_example[curve.effects.labels[0].index("importance"), at]
     known = math.log(len(ordinary_tokens(model))) - float(np.nanmean(losses))
     return paired(
         rise / known,
         np.full(rise.shape, 0.1),
-        note=f"{heads} of {len(model.shape.heads)} heads removed",
+        note=f"{heads} of {every} heads removed",
         less=True,
     )
 

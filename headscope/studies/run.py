@@ -15,7 +15,7 @@ from typing import Any
 from headscope.base.arguments import checked
 from headscope.base.files import FolderClaim, subfolder, whole_file, whole_page
 from headscope.base.options import Advance, RunOptions, track
-from headscope.base.result import Drawn, Rows, Section
+from headscope.base.result import Drawn, Listed, Rows, Section
 from headscope.base.specs import Provenance
 from headscope.diffusion import Diffusion
 from headscope.errors import HeadscopeError, InputError, UnsupportedModelError, nearest
@@ -58,8 +58,8 @@ _TAKES = {
 }
 
 
-@dataclass(frozen=True)
-class StudyCost:
+@dataclass(frozen=True, repr=False)
+class StudyCost(Listed):
     """Estimated cost of studies.
 
     Attributes:

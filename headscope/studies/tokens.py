@@ -40,7 +40,7 @@ from headscope.table.relevance import Memorized, TokenRelevance
 
 def _lens(model: HeadModel, setting: StudySetting) -> Evidence:
     skilled(model, setting)
-    fitted_on = prose(model, StudySetting(seed=setting.seed), seed=setting.seed, length=64)
+    fitted_on = prose(model, StudySetting(seed=setting.seed), seed=setting.seed, length=32)
     layer = model.shape.attention_layers[len(model.shape.attention_layers) // 2]
     lens = attention_lens(
         model,

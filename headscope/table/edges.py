@@ -16,11 +16,13 @@ from headscope.base.result import (
     Drawn,
     Facts,
     Glance,
+    Listed,
     Rows,
     Section,
     Shown,
     Tabular,
     Words,
+    counted,
     number,
     shaded,
 )
@@ -376,7 +378,7 @@ class EdgeGraph(Shown, Tabular):
             [
                 f"{len(self.wiring):,} edges",
                 f"ablation {self.ablation}",
-                f"{self.unit or 'metric'}, mean of {self.per_example.shape[1]} examples",
+                f"{self.unit or 'metric'}, mean of {counted(self.per_example.shape[1])}",
                 self.provenance.model,
             ],
             ("edge", "score"),
@@ -516,8 +518,8 @@ class EdgeGraph(Shown, Tabular):
 _FACTS = ("method", "ablation", "kv_heads", "steps", "unit", "clusters")
 
 
-@dataclass(frozen=True)
-class Stability(Stored):
+@dataclass(frozen=True, repr=False)
+class Stability(Stored, Listed):
     """How much the set of strongest edges changes when the prompts are resampled.
 
     Attributes:

@@ -20,6 +20,7 @@ from headscope.base.result import (
     Shown,
     Tabular,
     Words,
+    counted,
     number,
     shaded,
     sizes,
@@ -129,7 +130,7 @@ class EffectGrid(Specified, Saved, Shown, Tabular):
 
     def glance(self) -> Glance:
         """Show mean effects: as a picture for one or two axes, otherwise the largest cells."""
-        scale = f"{self.unit or 'metric'}, mean of {len(self.unedited)} examples"
+        scale = f"{self.unit or 'metric'}, mean of {counted(len(self.unedited))}"
         return Glance(
             self.name,
             [sizes(self.axes, self.mean.shape), scale, self.provenance.model],
@@ -249,7 +250,7 @@ class OrderCurve(Shown, Tabular):
             f"{grid.name} along {len(grid.labels[0])} orders",
             [
                 f"up to {counts[-1]} heads {grid.axes[1]}",
-                f"mean of {grid.per_example.shape[-1]} examples",
+                f"mean of {counted(grid.per_example.shape[-1])}",
                 grid.unit,
                 grid.provenance.model,
             ],

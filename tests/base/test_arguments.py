@@ -132,7 +132,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"scores": {"a": 1}}, "scores={'a': 1}: give a HeadScores."),
     ({"scores": np.zeros((2, 2))}, "scores is a ndarray: give a HeadScores."),
     ({"tensor": "abc"}, "tensor='abc': give a tensor."),
-    ({"options": 3}, "options=3: give a mapping."),
+    ({"tensor": ["L0H1"]}, "tensor=['L0H1']: give a tensor."),
+    ({"options": 3}, "options=3: give a mapping, as options={'name': ...}."),
     ({"batch_size": 0}, "batch_size=0: give 1 or more."),
     ({"seed": -1}, "seed=-1 is not a seed: give a whole number from 0 on."),
 ]

@@ -1,13 +1,14 @@
 """What a day of research asked of results: fast cards, exact ranks, pictures, files, norms."""
 
+import inspect
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import headscope as hs
 from headscope import circuits
 from headscope.ablation.engine import RecordedBatch
 from headscope.ablation.run import KeptEffects
+from headscope.base.result import Listed
 from headscope.circuits.measures import Ranks
 from headscope.circuits.vocabulary import Dictionary
 from headscope.errors import HeadscopeError, InputError, UnsupportedModelError
@@ -30,6 +32,7 @@ from headscope.lens.reading import logits_of
 from headscope.models.hf.model import HFModel
 from headscope.models.protocol import HeadModel
 from headscope.table import HeadScores, HeadTable, RecallGrid, TokenLosses
+from tests.base.test_arguments import public
 from tests.circuits.conftest import random_model
 from tests.watching import watch
 
@@ -230,6 +233,58 @@ def test_e7_every_result_ends_a_cell_in_a_few_lines_and_a_small_page(
         assert "<script" not in page, name
         if name != "scores":
             assert "next: " in text, name
+
+
+# What public functions return and no cell ends in: parts of a program, sums to go on with.
+_PARTS = {
+    "Case", "Compiled", "Criterion", "Diffusion", "Edge", "Edited", "Encoded", "Evidence", "Halves",
+    "HeadEdit", "ImageKeys", "Interpretation", "Intervention", "Kind", "LogitRows", "Metric",
+    "Outcome", "PatchGrid", "Path", "Plan", "Predicate", "Program", "PromptRecording", "Provenance",
+    "Results", "Scorer", "Sentence", "Stacked", "Status", "Tap", "TokenRelation", "Treebank",
+    "Truth", "WholeMetric", "HeadIndex", "CheckReport",
+}  # fmt: skip
+
+
+def test_e7_whatever_a_public_function_returns_shows_itself() -> None:
+    bare = set()
+    for name, function in public():
+        if name.startswith(("hs.vision.", "hs.diffusion.")):
+            continue
+        returned = inspect.signature(function).return_annotation
+        for kind in (returned, *get_args(returned)):
+            own = is_dataclass(kind) and kind.__module__.startswith("headscope")
+            if own and kind.__name__ not in _PARTS and not hasattr(kind, "_repr_html_"):
+                bare.add((name, kind.__name__))
+    assert not bare, "derive these from headscope.base.result.Shown or Listed"
+
+
+def test_e7_fields_are_listed_with_the_sizes_of_their_arrays() -> None:
+    @dataclass(frozen=True, eq=False, repr=False)
+    class TwoThings(Listed):
+        numbers: np.ndarray[Any, Any]
+        states: Tensor
+        words: tuple[str, ...]
+        nothing: str | None = None
+
+    shown = TwoThings(np.array([[0.25, np.nan, 0.75]]), torch.zeros(2, 5), ("a\nb",) * 6)
+    assert repr(shown).splitlines() == [
+        "two things",
+        "  field    value",
+        "  numbers  [1, 3], mean 0.5, 0.25 to 0.75",
+        "  states   [2, 5], mean 0, 0 to 0",
+        "  words    'a\\\\nb', 'a\\\\nb', 'a\\\\nb', 'a\\\\nb' ... (6)",
+    ]
+    assert "<td" in shown._repr_html_()
+
+
+def test_e7_what_was_generated_is_read_and_not_counted() -> None:
+    model = hs.load()
+    said = hs.retrieval.generate(model, ["One day the", "Every night"], new_tokens=2)
+    assert repr(said).startswith("text after 2 prompts\n  prompt  tokens  text")
+    assert said.texts[1].strip() in repr(said)
+    size = hs.pruning.measure_size(model, torch.tensor([[1, 2, 3]]))
+    assert "FLOPs" in repr(size)
+    assert "array(" not in repr(said) + repr(size)
 
 
 def test_d13_tensors_of_a_decomposition_are_shapes_and_not_numbers() -> None:

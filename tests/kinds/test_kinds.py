@@ -69,6 +69,14 @@ def test_a_planted_induction_head_is_confirmed_by_ablation() -> None:
     assert all(one.effect > 0 for one in found.findings)
 
 
+def test_the_clearest_heads_of_a_kind_are_ablated_as_many_as_asked() -> None:
+    model = hs.load(handwired_gpt2().model)
+    found = hs.kinds.survey(model, ["previous_token"], most=1).findings
+    assert [one.confirmed is None for one in found] == [False, True]
+    with pytest.raises(InputError, match="most=0"):
+        hs.kinds.survey(model, most=0)
+
+
 def test_copying_and_suppression_are_told_apart() -> None:
     planted = handwired_gpt2()
     found = hs.kinds.survey(hs.load(planted.model), ["copying", "copy_suppression"], confirm=False)

@@ -107,6 +107,7 @@ def test_a_folder_loads_like_the_model(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded.forward(ids), hs.load(module).forward(ids))
     assert loaded.digest() == hs.load(module).digest()
     assert hs.load(tmp_path / "saved", dtype="bf16").dtype == torch.bfloat16
+    assert loaded.name == "saved"  # no word of where the folder is
 
 
 def test_a_broken_tokenizer_is_warned_of(tmp_path: Path) -> None:

@@ -43,3 +43,22 @@ def test_other_grids_are_refused() -> None:
     flat = EffectGrid(ScoreSpec("x"), ("group",), (("a",),), np.zeros((1, 2)), np.zeros(2))
     with pytest.raises(InputError, match="arms by steps"):
         plots.curves(flat)
+
+
+def test_a_single_step_is_a_point_with_its_interval() -> None:
+    values = np.random.default_rng(0).normal(size=(3, 1, 6))
+    one = EffectGrid(
+        ScoreSpec("pruning"),
+        ("arm", "removed"),
+        (("a", "r0", "r1"), ("5",)),
+        values,
+        np.full(6, 2.0),
+    )
+    figure = plots.curves(one, controls=("r0", "r1"))
+    points = {trace.name: trace for trace in figure.data}
+    assert {trace.mode for trace in points.values()} == {"markers"}
+    low, high = mean_interval(values + 2.0)
+    ends = (points["a"].y[0] - points["a"].error_y.arrayminus[0], points["a"].error_y.array[0])
+    np.testing.assert_allclose(ends, (low[0, 0], high[0, 0] - points["a"].y[0]))
+    drawn = draw(figure).axes[0]
+    assert any(len(line.get_xdata()) == 1 for line in drawn.lines)

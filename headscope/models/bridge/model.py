@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from headscope.base.batches import TOKENS, Batch
 from headscope.base.result import Glance, Shown
+from headscope.base.specs import portable
 from headscope.errors import UnsupportedModelError
 from headscope.models.bridge.layout import BridgeLayout, find_bridge_layout, tiny_bridge_tokens
 from headscope.models.bridge.passes import EditScope, PassTaps
@@ -513,7 +514,7 @@ def wrap_bridge(
     Raises:
         UnsupportedModelError: if its heads cannot be seen.
     """
-    name = name or _name(bridge)
+    name = portable(name or _name(bridge))
     try:
         layout = find_bridge_layout(bridge)
     except UnsupportedModelError as error:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from headscope.base.batches import PIXELS, SEGMENTS, TOKENS, TURNS, Batch
 from headscope.base.result import Glance, Shown
+from headscope.base.specs import portable
 from headscope.base.stacks import ImageKeys, MaskRule, PatchGrid
 from headscope.errors import HeadscopeError, InputError, UnsupportedModelError
 from headscope.models.hf.hooks import Call, after, before, entering, hooked
@@ -147,7 +148,7 @@ class HFModel(Tapped, Shown, checks=False):
         self.module = module
         self.layout = layout
         self.tokenizer = tokenizer
-        self.name = name or module.config.name_or_path or type(module).__name__
+        self.name: str = portable(name or module.config.name_or_path or type(module).__name__)
         self.revision = revision
         self.shape = layout.shape
         self.proof = Proof()
