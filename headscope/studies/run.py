@@ -15,7 +15,7 @@ from typing import Any
 from headscope.base.arguments import checked
 from headscope.base.files import FolderClaim, subfolder, whole_file, whole_page
 from headscope.base.options import Advance, RunOptions, track
-from headscope.base.result import Drawn, Listed, Rows, Section
+from headscope.base.result import Drawn, Listed, Rows, Section, Words, counted, number
 from headscope.base.specs import Provenance
 from headscope.diffusion import Diffusion
 from headscope.errors import HeadscopeError, InputError, UnsupportedModelError, nearest
@@ -28,12 +28,15 @@ from headscope.report import sections_page
 from headscope.report.sections import read_sections, sections_json, with_pictures
 from headscope.studies import attention, causes, forms, long_context, readings, tokens
 from headscope.studies.study import (
+    ANSWER_COLUMNS,
     Answer,
     Claim,
+    Evidence,
     Study,
     StudyResult,
     StudySetting,
     answered,
+    row_of,
     unasked,
 )
 from headscope.table import versions
@@ -198,8 +201,8 @@ def run_all(
     found = [show(one) for one in (STUDIES if studies is None else studies)]
     setting = StudySetting(fast, RunOptions(seed=seed).seed, given or {})
     results = {}
-    for number, study in enumerate(found):
-        again = overwrite and number == 0  # later ones join the first's folder
+    for place, study in enumerate(found):
+        again = overwrite and place == 0  # later ones join the first's folder
         results[study.name] = _run(study, model, out, setting, again, progress)
     return results
 
@@ -362,10 +365,9 @@ def page_of(out: Path) -> str:
     ]
     if not results:
         raise InputError(f"{out} holds no finished study: run one with --out {out.name}.")
-    rows = [
-        (result.study, one.claim, one.verdict) for result, _ in results for one in result.answers
-    ]
-    sections = [Section("Verdicts", [Rows(("study", "claim", "verdict"), rows)])]
+    shipped = list(STUDIES)  # in their order, then those of users
+    results.sort(key=lambda one: (*map(one[0].study.__ne__, shipped), one[0].study))
+    sections = [_verdicts([result for result, _ in results])]
     for result, place in results:
         sections += result.sections()
         for one in result.answers:
@@ -385,6 +387,24 @@ def page_of(out: Path) -> str:
         "Claims from papers, tested on this model: a number, its control and a verdict for each.",
         sections,
         [(name, str(value)) for name, value in facts.items()],
+    )
+
+
+def _verdicts(results: Sequence[StudyResult]) -> Section:
+    """Every claim with its numbers: those that hold, those that do not, those not asked."""
+    order = ("holds", "does not hold", "cannot be asked")
+    found = [(result.study, one) for result in results for one in result.answers]
+    found.sort(key=lambda each: order.index(each[1].verdict))
+    hold, fail, unknown = (sum(one.verdict == word for _, one in found) for word in order)
+    return Section(
+        "Verdicts",
+        [
+            Words(
+                f"Of {counted(len(found), 'claim')}, {hold} hold, {fail} do not hold, and "
+                f"{unknown} cannot be asked of this model."
+            ),
+            Rows(("study", *ANSWER_COLUMNS), [(study, *row_of(one)) for study, one in found]),
+        ],
     )
 
 
@@ -450,11 +470,21 @@ def _measured(
         return unasked(claim, error)
     if place is not None and found.results:
         drawings = figures_of(found.results)
-        blocks = [Drawn(name, f"{claim.statement} {found.note}") for name in drawings]
+        blocks = [Drawn(name, _caption(claim, found)) for name in drawings]
         sections = with_pictures([Section(claim.statement, blocks)], drawings)
         with whole_file(place / f"{claim.name}.sections.json") as file:
             file.write(sections_json(sections))
     return answered(claim, found)
+
+
+def _caption(claim: Claim, found: Evidence) -> str:
+    """What was claimed and measured, with the number of observations and the interval."""
+    note = f" {found.note.rstrip('.')}." if found.note else ""
+    return (
+        f"{claim.statement}{note} {number(found.value)} {claim.unit}".rstrip()
+        + f" against {number(found.control)}; n = {found.n}, interval of the difference at 99 %: "
+        f"{number(found.low)} to {number(found.high)}."
+    )
 
 
 def _from_file(file: Path) -> Study:

@@ -403,8 +403,8 @@ class StudyResult(Saved, Shown, Tabular):
         return Glance(
             f"{self.study}: {self.title}",
             facts=(self.provenance.model, self.paper, "fast form" if self.fast else ""),
-            columns=("claim", "verdict", "value", "control", "difference, 99 %", "n"),
-            rows=[_row(one) for one in self.answers],
+            columns=ANSWER_COLUMNS,
+            rows=[row_of(one) for one in self.answers],
             lists=[
                 Lines(
                     "measured on, or why not",
@@ -416,10 +416,8 @@ class StudyResult(Saved, Shown, Tabular):
 
     def sections(self) -> list[Section]:
         """Report the study, with a table of its claims and the measurements behind them."""
-        rows = [
-            (one.claim, *_row(one)[1:], number(one.least) if one.n else "-") for one in self.answers
-        ]
-        columns = ("claim", "verdict", "value", "control", "difference, 99 %", "n", "at least")
+        rows = [(*row_of(one), number(one.least) if one.n else "-") for one in self.answers]
+        columns = (*ANSWER_COLUMNS, "at least")
         return [
             Section(
                 f"{self.title} ({self.study})",
@@ -444,7 +442,11 @@ class StudyResult(Saved, Shown, Tabular):
         return pandas.DataFrame([{"study": self.study, **one._parts()} for one in self.answers])
 
 
-def _row(one: Answer) -> tuple[str, ...]:
+ANSWER_COLUMNS = ("claim", "verdict", "value", "control", "difference, 99 %", "n")
+
+
+def row_of(one: Answer) -> tuple[str, ...]:
+    """An answer's cells, by ``ANSWER_COLUMNS``."""
     interval = f"{number(one.low)} to {number(one.high)}" if one.n else "-"
     return (
         one.claim,

@@ -29,7 +29,7 @@ _STUDIES = sorted(
     {
         study
         for study in (name.split("/")[0] for name in _HELD["answers"])
-        if study in _PASSES and _PASSES[study] <= _MOST
+        if _PASSES.get(study, float("inf")) <= _MOST
     }
 )
 
