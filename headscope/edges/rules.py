@@ -166,11 +166,15 @@ class _SoftGradient(torch.autograd.Function):
         return made
 
 
+# torch declares no types for it.
+_softened: Callable[[Tensor], Tensor] = _SoftGradient.apply
+
+
 def _softmax(func: Any, x: Tensor, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
     if not x.requires_grad or dim not in (-1, x.ndim - 1):
         return func(x, dim, *args, **kwargs)
     value = func(x, dim, *args, **kwargs)
-    soft: Tensor = _SoftGradient.apply(x)  # type: ignore[no-untyped-call]
+    soft = _softened(x)
     return value.detach() + (soft - soft.detach()).to(value.dtype)
 
 
@@ -197,6 +201,4 @@ def _attention(
         scores = scores.masked_fill(~attn_mask, float("-inf"))
     elif attn_mask is not None:
         scores = scores + attn_mask
-    pattern: Tensor = _SoftGradient.apply(scores)  # type: ignore[no-untyped-call]
-    made: Tensor = pattern.nan_to_num(0.0) @ value
-    return made
+    return _softened(scores).nan_to_num(0.0) @ value

@@ -216,17 +216,22 @@ def _padding(subject: _Subject) -> None:
     """Right padding of source and target changes nothing."""
     probe, extra = subject.probe, 3
     real = torch.ones(len(probe), extra, dtype=torch.bool) & False
-    more = {
-        "tokens": torch.cat([probe.tokens, probe.tokens[:, :extra]], 1),
-        "real": torch.cat([probe.real, real], 1),
-    }
+    tokens = torch.cat([probe.tokens, probe.tokens[:, :extra]], 1)
     inputs = dict(probe.inputs)
     if "input_ids" in inputs:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         inputs["input_ids"] = torch.cat([ids, ids[:, :extra]], 1)
         inputs["attention_mask"] = torch.cat([mask, real.long()], 1)
-    gone = torch.full_like(more["tokens"], -1)
-    wide = replace(probe, **more, structure=gone, targets=gone, inputs=inputs, source=None)  # type: ignore[arg-type]
+    gone = torch.full_like(tokens, -1)
+    wide = replace(
+        probe,
+        tokens=tokens,
+        real=torch.cat([probe.real, real], 1),
+        structure=gone,
+        targets=gone,
+        inputs=inputs,
+        source=None,
+    )
     limit = subject.model.stack("decoder").shape.n_ctx
     if limit is not None and wide.length > limit:
         wide = probe

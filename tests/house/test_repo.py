@@ -7,6 +7,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 import pytest
 from packaging.requirements import Requirement
@@ -152,6 +153,114 @@ def test_lock_is_portable_and_satisfies_pyproject() -> None:
 def test_the_house_stays_small() -> None:
     # A concept joins the file where it belongs: each further file makes the house harder to know.
     assert 100 < len(SOURCES) <= 220
+
+
+def test_most_functions_are_short() -> None:
+    lengths = [
+        (node.end_lineno or node.lineno) - node.lineno + 1
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert median(lengths) < 15
+
+
+def imports(body: list[ast.stmt]) -> Iterator[str]:
+    """What a module imports as it is loaded: modules, and names that may be modules."""
+    for node in body:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.If | ast.Try | ast.With):
+            yield from imports(node.body)
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+
+
+def circle(graph: dict[str, set[str]]) -> set[str]:
+    """Modules on circles of imports, or between two: what is left without leaves and roots."""
+    while True:
+        needed = set().union(*graph.values())
+        left = {
+            name: {one for one in of if one in graph and one != name}
+            for name, of in graph.items()
+            if name in needed and any(one in graph and one != name for one in of)
+        }
+        if left == graph:
+            return set(left)
+        graph = left
+
+
+def test_no_modules_import_each_other() -> None:
+    names = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in SOURCES
+    }
+    graph = {
+        name: set(imports(ast.parse(path.read_text(encoding="utf-8")).body))
+        # A package is loaded before its modules, and names that it passes on are not taken from it.
+        - {one for one in names if names[one].name == "__init__.py" and name.startswith(one)}
+        for name, path in names.items()
+    }
+    assert not circle(graph)
+
+
+def test_a_circle_of_imports_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == {"b", "c"}
+    assert not circle({"a": {"b", "os"}, "b": {"c"}, "c": set()})
+
+
+CHANGES = ("append", "add", "update", "setdefault", "pop", "clear", "extend", "remove", "insert")
+# Which configs and passes have our attention right now: transformers' registry is global too.
+OPEN_SCOPES = {"_ROUTES", "_SWITCHED"}
+
+
+def state(source: str) -> Iterator[str]:
+    """Names of a module's values that its functions change, but for caches with weak keys."""
+    tree = ast.parse(source)
+    held = {
+        target.id
+        for node in tree.body
+        if isinstance(node, ast.Assign | ast.AnnAssign) and "Weak" not in ast.unparse(node)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Name)
+    }
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        own = {arg.arg for arg in ast.walk(function.args) if isinstance(arg, ast.arg)}
+        for node in ast.walk(function):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                own.add(node.id)
+        for node in ast.walk(function):
+            if isinstance(node, ast.Global):
+                yield from node.names
+            target = None
+            if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
+                target = node.value
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                target = node.func.value if node.func.attr in CHANGES else None
+            if isinstance(target, ast.Name) and target.id in held - own:
+                yield target.id
+
+
+def test_modules_hold_no_state_but_caches_with_weak_keys() -> None:
+    found = {
+        f"{path.relative_to(PACKAGE)}: {name}"
+        for path in SOURCES
+        for name in state(path.read_text(encoding="utf-8"))
+        if name not in OPEN_SCOPES
+    }
+    assert not found
+
+
+def test_state_of_a_module_is_found() -> None:
+    assert list(state("A = {}\ndef f(x):\n    A[x] = 1")) == ["A"]
+    assert list(state("A = []\ndef f(x):\n    A.append(x)")) == ["A"]
+    assert list(state("A = 0\ndef f(x):\n    global A\n    A = x")) == ["A"]
+    assert not list(state("A = WeakKeyDictionary()\ndef f(x):\n    A[x] = 1"))
+    assert not list(state("A = {}\ndef f(x):\n    A = {}\n    A[x] = 1"))
 
 
 def test_the_longest_tests_are_there() -> None:
