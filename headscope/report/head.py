@@ -16,6 +16,7 @@ from headscope.plots.figure import visible
 from headscope.report.page import sections_page
 from headscope.report.sections import Block, Picture, missing_words
 from headscope.table import HeadCard, HeadEigenvalues, HeadScores, HeadSpectra, HeadTable
+from headscope.table.kinds import probe_of
 from headscope.table.weights import NO_RANKS
 
 if TYPE_CHECKING:
@@ -94,11 +95,14 @@ def _behaviour(card: HeadCard, evidence: HeadEvidence, head: HeadIndex) -> list[
                 one.unit,
                 _rank(one, head),
                 _role(one, head),
+                probe_of(one),
                 one.description,
             )
             for one in known
         ]
-        columns = ("score", "mean", "standard error", "unit", "rank", "role", "high means")
+        columns = (
+            "score", "mean", "standard error", "unit", "rank", "role", "measured on", "high means",
+        )  # fmt: skip
         sections.append(Section("On probes", [Rows(columns, rows, "Scores of this head")]))
     if evidence.effects:
         rows_ = [
@@ -317,7 +321,7 @@ def _behaviour_lines(head: HeadIndex, scores: Iterable[HeadScores]) -> "Table":
     """Format scores on probes, those that define a role in bold."""
     from rich.text import Text
 
-    grid = _grid_lines("on probes", "mean", "±", "unit", "rank")
+    grid = _grid_lines("on probes", "mean", "±", "unit", "rank", "measured on")
     for one in scores:
         mean: Any = one.mean[head]
         if mean != mean:
@@ -331,6 +335,7 @@ def _behaviour_lines(head: HeadIndex, scores: Iterable[HeadScores]) -> "Table":
             short(float(one.sem[head])),
             Text(one.unit),
             rank,
+            Text(probe_of(one)),
         )
     return grid
 

@@ -165,13 +165,17 @@ def unreached(scores: HeadScores) -> str | None:
     )
 
 
+def probe_of(scores: HeadScores) -> str:
+    """Name of the probe that a score was measured on, as words; empty if unknown."""
+    probe = scores.provenance.probe
+    return str(probe.get("name") or probe.get("kind") or "").replace("_", " ")
+
+
 def measured_on(scores: Iterable[HeadScores]) -> list[str]:
     """List the probes with the scores measured on each, a line per probe."""
     by_probe: dict[str, list[str]] = {}
     for one in scores:
-        probe = one.provenance.probe
-        kind = str(probe.get("name") or probe.get("kind") or "").replace("_", " ")
-        if kind:
+        if kind := probe_of(one):
             by_probe.setdefault(kind, []).append(one.name.replace("_", " "))
     return [f"Measured on {probe}: {', '.join(names)}." for probe, names in by_probe.items()]
 

@@ -53,6 +53,13 @@ def test_it_shows_itself(said: Any, tmp_path: Path) -> None:
     assert "Composition partners" in (tmp_path / "head.html").read_text()
 
 
+def test_e12_each_score_says_what_it_was_measured_on(said: Any) -> None:
+    lines = {line.split()[0]: line for line in str(said).splitlines() if line.split()}
+    assert lines["induction"].rstrip().endswith("repeated tokens")
+    assert lines["first_token"].rstrip().endswith("text")
+    assert "measured on" in said.page()
+
+
 def test_weights_alone_run_nothing() -> None:
     found = hs.explain("1.1", "tiny-llama", weights_only=True)
     assert (found.scan, found.effects, found.attention) == (None, (), None)
