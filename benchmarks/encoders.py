@@ -3,7 +3,13 @@
 Random weights of the shapes of BERT base, ViT-B/16 and T5 small. The scan reads row scores of all
 heads; the plain pass is the model's own, on fused attention. The loop zeroes one head after
 another by a hook on what its attention's output projection is given; it is run for some heads and
-its time multiplied. Ratios are of medians of one run, both sides warm, same threads.
+its time multiplied. Scans and plain passes alternate, both warm; ratios are of medians. Times are
+those of the processor (all threads together), which other work on the machine changes less than
+those of the clock.
+
+``at_most``, of images, is the ratio that the count of operations allows where every ablation is
+computed exactly: a head in block ``l`` of ``n`` needs the MLP of block ``l``, the blocks above, and
+of the last one what the positions read need. The loop needs all ``n``.
 
     python benchmarks/encoders.py [rounds] [every n-th head of the loop] [layers]     # prints JSON
 
@@ -80,15 +86,30 @@ def t5(layers: int) -> Case:
 CASES = {"bert": bert, "vit": vit, "t5": t5}
 
 
-def seconds(work: Callable[[], Any], rounds: int) -> tuple[Any, float]:
-    """Result and median seconds, warm."""
-    work()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        found = work()
-        times.append(time.perf_counter() - start)
-    return found, median(times)
+def seconds(work: Callable[[], Any]) -> tuple[Any, float]:
+    """Result, and seconds of the processor."""
+    start = time.process_time()
+    found = work()
+    return found, time.process_time() - start
+
+
+def alternating(works: list[Callable[[], Any]], rounds: int) -> list[float]:
+    """Median seconds of each, warm."""
+    for work in works:
+        work()
+    times = [[seconds(work)[1] for work in works] for _ in range(rounds)]
+    return [median(one) for one in zip(*times, strict=True)]
+
+
+# Share of a block of 12 d^2 products a token that the MLP and the output projection take, and that
+# keys and values take.
+_BEHIND, _KEYS = 9 / 12, 2 / 12
+
+
+def at_most(layers: int) -> float:
+    """How much faster than the loop an exact ablation of all heads can be, by operations."""
+    needed = [_BEHIND + (layers - 2 - at) + _KEYS for at in range(layers - 1)]
+    return layers**2 / sum(needed) if needed else float("inf")
 
 
 @torch.no_grad()
@@ -130,17 +151,16 @@ def measured(name: str, rounds: int, every: int, layers: int) -> dict[str, Any]:
         with torch.no_grad():
             case.module(**case.inputs)
 
-    _, once = seconds(plain, rounds)
-    _, scan = seconds(lambda: hs.score(model, probe, SCORES, progress=False), rounds)
+    once, scan = alternating(
+        [plain, lambda: hs.score(model, probe, SCORES, progress=False)], rounds
+    )
     results: dict[str, Any] = {
         "plain_pass_seconds": once, "scan_seconds": scan, "scan_over_pass": scan / once,
     }  # fmt: skip
     clean = log_probability(case, answers)
     for stack in case.stacks:
         view = model.stack(stack) if len(case.stacks) > 1 else model
-        results[f"ablation {stack}".strip()] = ablation(
-            case, view, probe, answers, clean, rounds, every
-        )
+        results[f"ablation {stack}".strip()] = ablation(case, view, probe, answers, clean, every)
     return results
 
 
@@ -157,17 +177,14 @@ def probe_of(case: Case, answers: Tensor) -> hs.Probe:
 
 
 def ablation(
-    case: Case, view: Any, probe: hs.Probe, answers: Tensor, clean: np.ndarray, rounds: int,
-    every: int,
-) -> dict[str, Any]:  # fmt: skip
+    case: Case, view: Any, probe: hs.Probe, answers: Tensor, clean: np.ndarray, every: int
+) -> dict[str, Any]:
     """All heads of a stack by headscope, some by the loop."""
     heads = list(view.shape.heads)
     sample = heads[::every]
     metric = hs.metrics.answer_log_prob
-    theirs, slow = seconds(lambda: loop(case, view, sample, answers), rounds)
-    ours, fast = seconds(
-        lambda: hs.ablate_heads(view, probe, metric, "zero", progress=False), rounds
-    )
+    theirs, slow = seconds(lambda: loop(case, view, sample, answers))
+    ours, fast = seconds(lambda: hs.ablate_heads(view, probe, metric, "zero", progress=False))
     found = np.stack([ours.per_example[head] for head in sample])
     return {
         "heads": len(heads),
@@ -175,6 +192,7 @@ def ablation(
         "loop_seconds_per_head": slow / len(sample),
         "headscope_seconds": fast,
         "times_faster": slow / len(sample) * len(heads) / fast,
+        **({"at_most": at_most(view.shape.n_layers)} if case.at is None else {}),
         "largest_difference": float(np.abs(found - (theirs - clean)).max()),
     }
 

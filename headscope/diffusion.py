@@ -7,7 +7,7 @@ keys are tokens. Needs the extra ``diffusion``. One call is one denoising step.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,12 +15,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from headscope.base.arguments import checked
+from headscope.base.files import Saved
+from headscope.base.result import Glance, Shown, Tabular, number, sizes
 from headscope.base.specs import Provenance, ScoreSpec
 from headscope.edits import Heads, head_list
 from headscope.errors import InputError, UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.models.running import own_types
 from headscope.table import HeadScores
+
+if TYPE_CHECKING:
+    import pandas
 
 _STACK = "cross"
 _TEXT = "encoder_hidden_states"
@@ -290,8 +295,8 @@ def load(module: Any) -> Diffusion:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class TokenAttention:
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenAttention(Saved, Shown, Tabular):
     """Attention of the image to each text token, by head, mean over places of the image.
 
     Attributes:
@@ -301,6 +306,40 @@ class TokenAttention:
 
     weights: Float[np.ndarray, "batch layer head token"]
     provenance: Provenance
+
+    def glance(self) -> Glance:
+        """Show which head attends to each token most."""
+        mean = self.weights.mean(0)
+        rows = []
+        for token in range(mean.shape[-1]):
+            layer, head = np.unravel_index(np.nanargmax(mean[..., token]), mean.shape[:2])
+            most = HeadIndex(int(layer), int(head), _STACK)
+            rows.append((str(token), str(most), number(float(mean[layer, head, token]))))
+        return Glance(
+            "Attention of the image to text tokens",
+            [
+                self.provenance.model or "",
+                f"{len(self.weights)} examples",
+                sizes(("layer", "head"), mean.shape[:2]),
+            ],
+            ("token", "head", "attention"),
+            rows,
+            hint="found.to(token), hs.plots.heatmap(found.to(token))",
+        )
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per head and token: mean attention over examples; absent heads left out."""
+        import pandas
+
+        mean = self.weights.mean(0)
+        layers, heads, tokens = (~np.isnan(mean)).nonzero()
+        named = [
+            str(HeadIndex(int(one), int(two), _STACK))
+            for one, two in zip(layers, heads, strict=True)
+        ]
+        return pandas.DataFrame(
+            {"head": named, "token": tokens, "attention": mean[layers, heads, tokens]}
+        )
 
     def to(self, tokens: int | Sequence[int]) -> HeadScores:
         """What some tokens get together, by head.

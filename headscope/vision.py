@@ -6,9 +6,9 @@ vision half of CLIP and SigLIP. Of vision-language models: where each image toke
 picture, which heads read what is written there (OCR heads), and what it does to make heads look.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,8 +22,10 @@ from headscope.ablation.heads import ablate_heads
 from headscope.ablation.run import InterventionLike, Measurement, Placer, by_head, present
 from headscope.base.arguments import checked
 from headscope.base.batches import SEGMENTS, TURNS
+from headscope.base.files import Saved, Stored
 from headscope.base.options import RunOptions
-from headscope.base.specs import Direction, ScoreSpec
+from headscope.base.result import Composed, Glance, Shown, Tabular, number, sizes
+from headscope.base.specs import Direction, Provenance, ScoreSpec
 from headscope.base.stacks import ImageKeys, PatchGrid, grid_of
 from headscope.base.statistics import Design
 from headscope.edits import Heads, Variant, head_list
@@ -40,6 +42,9 @@ from headscope.probes.encoding import from_tokens
 from headscope.probes.probe import Probe
 from headscope.table import AttentionMaps, HeadScores, HeadTable
 from headscope.views import Unembedding
+
+if TYPE_CHECKING:
+    import pandas
 
 _LI = "Li et al. 2023 (arXiv 2303.13731), How Does Attention Work in Vision Transformers?"
 _VILAS = "Vilas et al. 2023 (arXiv 2310.18969), Analyzing Vision Transformers in Class Embedding"
@@ -230,6 +235,19 @@ def ranks(
     return np.stack([ranked(layer) for layer in values]), ranked(values)
 
 
+def _frame(
+    stack: str, shape: Sequence[int], axis: str = "", **values: Float[np.ndarray, "*any"]
+) -> "pandas.DataFrame":
+    """Data frame of values by layer and head, and by one more axis."""
+    import pandas
+
+    places = np.indices(tuple(shape)).reshape(len(shape), -1)
+    heads = [str(HeadIndex(layer, head, stack)) for layer, head in places[:2].T.tolist()]
+    more = {axis: places[2]} if axis else {}
+    flat = {name: np.asarray(value).ravel() for name, value in values.items()}
+    return pandas.DataFrame({"head": heads} | more | flat)
+
+
 def _size(shape: ModelShape) -> tuple[int, int]:
     return shape.n_layers, shape.n_heads
 
@@ -237,8 +255,8 @@ def _size(shape: ModelShape) -> tuple[int, int]:
 # Range, hops and mean maps.
 
 
-@dataclass(frozen=True, eq=False)
-class HopProfile:
+@dataclass(frozen=True, eq=False, repr=False)
+class HopProfile(Composed, Saved, Shown, Tabular):
     """Attention between patches as a function of their distance.
 
     Attributes:
@@ -254,6 +272,37 @@ class HopProfile:
     range: HeadScores
     class_row: Float[np.ndarray, "layer head 3"]
     class_column: Float[np.ndarray, "layer head"]
+
+    def inside(self) -> Mapping[str, Any]:
+        """Range of every head."""
+        return {"": self.range}
+
+    def glance(self) -> Glance:
+        """Show the heads of shortest and of longest range."""
+        ranked = self.range.top(self.range.mean.size)
+        ends = [*ranked[:3], *ranked[-3:]] if len(ranked) > 6 else ranked
+        return Glance(
+            "Attention between patches by distance",
+            [
+                self.range.provenance.model or "",
+                sizes(("layer", "head"), self.mass.shape[:2]),
+                f"distances 0 to {self.mass.shape[2] - 1}",
+            ],
+            ("head", "mean distance", "own patch", "distance 1"),
+            [(str(head), number(value), *map(number, self._near(head))) for head, value in ends],
+            hint="hs.plots.heatmap(found.range)",
+        )
+
+    def _near(self, head: HeadIndex) -> list[float]:
+        """Mass at distance 0 and 1."""
+        near: list[float] = self.mass[head.layer, head.head, :2].tolist()
+        return [*near, *[0.0] * (2 - len(near))]
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per head and distance."""
+        return _frame(
+            self.range.stack, self.mass.shape, "distance", strength=self.strength, mass=self.mass
+        )
 
 
 @checked
@@ -433,8 +482,8 @@ class _Maps:
 # What heads write, in the space of classes or of image embeddings.
 
 
-@dataclass(frozen=True, eq=False)
-class ClassReading:
+@dataclass(frozen=True, eq=False, repr=False)
+class ClassReading(Composed, Saved, Shown, Tabular):
     """Rank of the true class in the output of a model's parts.
 
     Attributes:
@@ -453,6 +502,30 @@ class ClassReading:
     change_rate: Float[np.ndarray, " layer"]
     attention_match: Float[np.ndarray, " layer"]
     mlp_match: Float[np.ndarray, " layer"]
+
+    def inside(self) -> Mapping[str, Any]:
+        """Identifiability of every head."""
+        return {"": self.heads}
+
+    def glance(self) -> Glance:
+        """Show how the true class rises through the blocks."""
+        frame = self.to_pandas()
+        return Glance(
+            "Classes in the residual stream",
+            [self.heads.provenance.model or "", f"{len(self.attention)} layers"],
+            [str(name).replace("_", " ") for name in frame],
+            [(place, *map(number, values)) for place, *values in frame.to_numpy().tolist()],
+            hint="hs.plots.heatmap(found.heads)",
+        )
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per place of the residual stream: ``embed``, then after each block."""
+        import pandas
+
+        layers = range(len(self.attention))
+        named = {"place": ["embed", *map(str, layers)], "residual": self.residual}
+        added = ("attention", "mlp", "change_rate", "attention_match", "mlp_match")
+        return pandas.DataFrame(named | {name: [np.nan, *getattr(self, name)] for name in added})
 
 
 @checked
@@ -629,8 +702,8 @@ class _Classes:
         return logits.log_softmax(-1).gather(-1, every)[..., 0]
 
 
-@dataclass(frozen=True, eq=False)
-class Written:
+@dataclass(frozen=True, eq=False, repr=False)
+class Written(Saved, Shown, Tabular):
     """Contribution of every part to the embedding, or the logits, of each image.
 
     Attributes:
@@ -639,12 +712,54 @@ class Written:
             that all sums to ``whole``.
         whole: what the model itself says.
         norm: length of each whole, by which heads were divided; ones where they were not.
+        stack: name of the attention stack.
+        provenance: where it came from.
     """
 
     heads: Float[np.ndarray, "image layer head d"]
     rest: Float[np.ndarray, "image d"]
     whole: Float[np.ndarray, "image d"]
     norm: Float[np.ndarray, " image"]
+    stack: str = ""
+    provenance: Provenance = field(default_factory=Provenance)
+
+    @property
+    def share(self) -> Float[np.ndarray, "layer head"]:
+        """Share of the whole that a head writes: inner product with it over its squared length.
+
+        Mean over images, without unit. Shares of all heads and of ``rest`` sum to 1.
+        """
+        size = (self.whole**2).sum(-1)
+        found: Float[np.ndarray, "layer head"] = (
+            np.einsum("ilhd,id->ilh", self.heads, self.whole) / size[:, None, None]
+        ).mean(0)
+        return found
+
+    @property
+    def length(self) -> Float[np.ndarray, "layer head"]:
+        """Length of what a head writes, mean over images."""
+        found: Float[np.ndarray, "layer head"] = np.linalg.norm(self.heads, axis=-1).mean(0)
+        return found
+
+    def glance(self) -> Glance:
+        """Show the heads that write most of the whole."""
+        frame = self.to_pandas().sort_values("share", ascending=False)
+        return Glance(
+            "Contributions of heads to the output",
+            [
+                self.provenance.model or "",
+                f"{len(self.whole)} images",
+                sizes(("layer", "head"), self.heads.shape[1:3]),
+                f"{number(float(np.nansum(self.share)))} of the output by all heads",
+            ],
+            ("head", "share", "length"),
+            [(head, number(share), number(size)) for head, share, size in frame.to_numpy()[:10]],
+            hint="hs.vision.text_span(found.heads[:, layer, head], texts)",
+        )
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per head."""
+        return _frame(self.stack, self.share.shape, share=self.share, length=self.length)
 
 
 @checked
@@ -701,7 +816,8 @@ def contributions(
     total = torch.cat([part.whole for part in parts]).numpy()
     norm = np.linalg.norm(total, axis=1) if unit else np.ones(len(total))
     heads, total = heads / norm[:, None, None, None], total / norm[:, None]
-    return Written(heads, total - np.nansum(heads, (1, 2)), total, norm)
+    rest = total - np.nansum(heads, (1, 2))
+    return Written(heads, rest, total, norm, shape.stack, origin(model, probe))
 
 
 def _image_space(model: HeadModel) -> Unembedding:
@@ -744,8 +860,8 @@ class _Written:
         self.whole = self.space.uncapped(stream).cpu().double()
 
 
-@dataclass(frozen=True, eq=False)
-class HeadTexts:
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadTexts(Saved, Shown, Tabular):
     """Texts that describe a head's output, in the order in which they were found.
 
     Attributes:
@@ -759,6 +875,35 @@ class HeadTexts:
     deviation: Float[np.ndarray, " text"]
     explained: Float[np.ndarray, " text"]
     reconstruction: Float[np.ndarray, "image d"]
+
+    def glance(self) -> Glance:
+        """Show the texts in the order in which they were found."""
+        frame = self.to_pandas()
+        most = float(self.explained[-1]) if len(self.explained) else 0.0
+        return Glance(
+            "Texts that describe a head",
+            [f"{len(self.texts)} texts", f"{number(most)} of the variance"],
+            ("text", "deviation", "adds", "explained"),
+            [
+                (str(int(text)), number(spread), number(gain), number(total))
+                for text, spread, gain, total in frame.to_numpy().tolist()
+            ],
+            hint="found.named(names)",
+        )
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per text."""
+        import pandas
+
+        gains = np.diff(self.explained, prepend=0.0)
+        return pandas.DataFrame(
+            {
+                "text": self.texts,
+                "deviation": self.deviation,
+                "adds": gains,
+                "explained": self.explained,
+            }
+        )
 
     def named(self, names: Sequence[str]) -> list[tuple[str, float]]:
         """The texts by name, with the share of variance that each adds.
@@ -1171,8 +1316,8 @@ def _known(example: int, head: str | tuple[int, int], sizes: tuple[int, ...]) ->
     return chosen
 
 
-@dataclass(frozen=True, eq=False)
-class ImageAttention:
+@dataclass(frozen=True, eq=False, repr=False)
+class ImageAttention(Composed, Saved, Shown, Tabular):
     """Attention from positions of texts to the pictures in them, by layer, head and query.
 
     Attributes:
@@ -1188,6 +1333,29 @@ class ImageAttention:
     weights: Float[np.ndarray, "batch layer head query pos"]
     queries: tuple[tuple[int, ...], ...]
     keys: ImageKeys
+
+    def inside(self) -> Mapping[str, Any]:
+        """Attention on pictures by head."""
+        return {"": self.mass}
+
+    def glance(self) -> Glance:
+        """Show the heads that attend to pictures most."""
+        batch, _, _, most, length = self.weights.shape
+        return Glance(
+            "Attention to images",
+            [
+                self.mass.provenance.model or "",
+                f"{batch} texts of {length} positions",
+                f"at most {most} queries in each",
+            ],
+            ("head", "attention to images"),
+            [(str(head), number(value)) for head, value in self.mass.top(10)],
+            hint="found.of(0, 'L0H0'), found.gaze(region), hs.plots.heatmap(found.mass)",
+        )
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per head: its attention to all pieces of the pictures."""
+        return self.mass.to_pandas()
 
     def of(
         self,
@@ -1460,7 +1628,7 @@ _OCR = ScoreSpec(
 
 
 @dataclass(frozen=True, eq=False)
-class Read:
+class Read(Stored):
     """What the model read from one picture, with each head's top piece at each step.
 
     Attributes:
@@ -1474,8 +1642,8 @@ class Read:
     recall: float
 
 
-@dataclass(frozen=True, eq=False)
-class OcrHeads:
+@dataclass(frozen=True, eq=False, repr=False)
+class OcrHeads(Composed, Saved, Shown, Tabular):
     """Heads that look at the written answer while it is generated.
 
     Attributes:
@@ -1490,6 +1658,33 @@ class OcrHeads:
     frequency: Float[np.ndarray, "layer head"]
     reads: tuple[Read, ...]
     counted: Bool[np.ndarray, " batch"]
+
+    def inside(self) -> Mapping[str, Any]:
+        """Scores of every head."""
+        return {"": self.score}
+
+    def glance(self) -> Glance:
+        """Show the heads that read most of the answers."""
+        frequency = self.frequency
+        return Glance(
+            "Heads that read text in images",
+            [
+                self.score.provenance.model or "",
+                f"{int(self.counted.sum())} of {len(self.reads)} texts count",
+                f"{len(self.heads())} heads",
+            ],
+            ("head", "score", "active in"),
+            [
+                (str(head), number(value), number(float(frequency[head.layer, head.head])))
+                for head, value in self.score.top(10)
+            ],
+            hint="found.heads(), hs.plots.heatmap(found.score)",
+        )
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per head."""
+        stack, shape = self.score.stack, self.frequency.shape
+        return _frame(stack, shape, score=self.score.mean, frequency=self.frequency)
 
     def heads(
         self, threshold: int | float = 0.1, often: int | float = 0.1
@@ -1771,8 +1966,8 @@ def _shares(
     return np.moveaxis(found / len(different), 0, 2)
 
 
-@dataclass(frozen=True)
-class HeadOverlap:
+@dataclass(frozen=True, repr=False)
+class HeadOverlap(Saved, Shown, Tabular):
     """Overlap of two sets of heads.
 
     Attributes:
@@ -1786,6 +1981,22 @@ class HeadOverlap:
     jaccard: float
     expected: float
     p_value: float
+
+    def glance(self) -> Glance:
+        """Show how many heads are shared, and how many would be by chance."""
+        return Glance(
+            "Overlap of two sets of heads",
+            [f"{len(self.shared)} shared", f"{number(self.expected)} expected by chance"],
+            ("shared", "Jaccard", "p"),
+            [(", ".join(map(str, self.shared)), number(self.jaccard), number(self.p_value))],
+        )
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row per shared head; the other numbers are the same in each."""
+        import pandas
+
+        frame = pandas.DataFrame({"head": [str(head) for head in self.shared]})
+        return frame.assign(jaccard=self.jaccard, expected=self.expected, p_value=self.p_value)
 
 
 @checked
@@ -1820,8 +2031,8 @@ def head_overlap(first: Heads, second: Heads, among: int) -> HeadOverlap:
 # Making heads look somewhere.
 
 
-@dataclass(frozen=True, eq=False)
-class Steering:
+@dataclass(frozen=True, eq=False, repr=False)
+class Steering(Saved, Shown, Tabular):
     """Effect of steering some heads' attention to a region, with random heads as control.
 
     Attributes:
@@ -1838,6 +2049,27 @@ class Steering:
     random: Float[np.ndarray, " draw"]
     p_value: float
     heads: tuple[HeadIndex, ...]
+
+    def glance(self) -> Glance:
+        """Show the effect beside that of random heads."""
+        return Glance(
+            "Steering of heads",
+            [", ".join(map(str, self.heads)), f"p = {number(self.p_value)}"],
+            ("heads", "change of the metric"),
+            [
+                ("steered", number(self.effect)),
+                ("random, mean", number(float(self.random.mean()))),
+                ("random, largest", number(float(self.random.max()))),
+                ("random, smallest", number(float(self.random.min()))),
+            ],
+        )
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row for the heads, and one for each draw of random heads."""
+        import pandas
+
+        names = ["steered", *(f"random {draw}" for draw in range(len(self.random)))]
+        return pandas.DataFrame({"heads": names, "effect": [self.effect, *self.random]})
 
     def __str__(self) -> str:
         """One sentence."""

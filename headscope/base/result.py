@@ -477,3 +477,11 @@ class Tabular:
         """The numbers by column, with the names of :meth:`to_pandas`."""
         frame = self.to_pandas()
         return {str(name): frame[name].to_numpy() for name in frame}
+
+
+class Composed:
+    """Base of results whose figures are those of results inside."""
+
+    def inside(self) -> Mapping[str, Any]:
+        """Results inside, by the suffix of their figures' names."""
+        return {}

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headscope.base.files import Stored
+from headscope.base.files import Saved, Stored
 from headscope.errors import InputError
 from headscope.heads import STACK_LETTERS, HeadIndex
 
@@ -157,7 +157,7 @@ def _covered(index: Tensor, size: int, start: float, stop: float) -> Float[Tenso
 
 
 @dataclass(frozen=True, eq=False)
-class ImageKeys:
+class ImageKeys(Saved):
     """Picture piece that each position of a text with images represents.
 
     Attributes:

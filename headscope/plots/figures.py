@@ -6,6 +6,7 @@ from functools import partial, singledispatch
 import plotly.graph_objects as go
 
 from headscope.base.arguments import checked
+from headscope.base.result import Composed
 from headscope.plots.curves import curves, emergence, layers, token_losses
 from headscope.plots.edges import circuit_graph, faithfulness_curves, position_circuit
 from headscope.plots.figure import Theme
@@ -98,6 +99,11 @@ def figures_of(results: Mapping[str, object]) -> dict[str, Drawing]:
 
 def _themed(picture: Callable[..., go.Figure], *of: object) -> Drawing:
     return lambda theme: partial(picture, *of)(theme=theme)
+
+
+@figures.register
+def _(result: Composed) -> dict[str, Drawing]:
+    return figures_of(result.inside())
 
 
 @figures.register

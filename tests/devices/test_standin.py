@@ -15,6 +15,7 @@ import headscope as hs
 from headscope.models.protocol import HeadModel, lacks
 from headscope.retrieval.forms import Retrieval
 from tests.devices import standin
+from tests.models import vision_language
 
 # What a result says of where and how it was computed, which differs by device.
 _ELSEWHERE = {"provenance", "device", "seconds", "checks", "model", "module"}
@@ -33,7 +34,9 @@ def device() -> Iterator[None]:
 
 @cache
 def model_on(name: str, device: str) -> HeadModel:
-    """A bundled model on one of the two devices."""
+    """A bundled model, or a tiny one that reads pictures, on one of the two devices."""
+    if name == "llava":
+        return hs.load(vision_language.model_of(name), device=device, check=False)
     return hs.load(name, device=device)
 
 
@@ -249,6 +252,58 @@ OF_ROTARY: dict[str, Case] = {
         *(band.svd().S for band in hs.circuits.qk_bands(m)[:2]),
     ],
 }
+
+
+def _syntax(model: HeadModel) -> list[Any]:
+    """Heads of relations and an attention probe, of a sentence that is read eight times."""
+    words = ["the", "red", "door", "of", "the", "house"]
+    tree = [2, 2, -1, 5, 5, 2], ["det", "amod", "root", "case", "det", "nmod"]
+    bank = hs.syntax.treebank(model, [hs.syntax.Sentence.of_words(words, *tree)] * 8)
+    probe = hs.syntax.attention_probe(model, bank, epochs=1)
+    return [hs.syntax.heads(model, bank, least=2).table, probe.uas]
+
+
+def _images(model: HeadModel) -> hs.Probe:
+    pixels = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return hs.probes.images(model, pixels, labels=[0, 1, 1])
+
+
+def _sources(model: HeadModel) -> hs.Probe:
+    return hs.probes.translation(model, ["reverse moon key boat"] * 2, ["boat key moon"] * 2)
+
+
+def _read_in_pictures(model: HeadModel) -> list[Any]:
+    probe = hs.probes.from_batch(vision_language.inputs_of("llava"))
+    keys = hs.vision.image_keys(model, probe)
+    seen = keys.evidence([(0, 0, 4, 4), (4, 4, 8, 8)])
+    looks = hs.vision.image_attention(model, probe, keys)
+    return [
+        keys.boxes,
+        looks.weights,
+        looks.gaze(seen),
+        hs.vision.ocr_heads(model, probe, seen, [[5, 6], [7]], keys).score,
+        hs.vision.ocr_heads(model, probe, seen, [[5], [7]], keys, form="decoded", recall=-1).reads,
+    ]
+
+
+OF_OTHER_MODELS: dict[tuple[str, str], Case] = {
+    ("tiny-gpt2", "syntax"): _syntax,
+    ("tiny-bert", "ablate, masked"): lambda m: hs.ablate_heads(
+        m, hs.probes.masked(m, ["( [ ] ) ( )", "[ ( ) ]"]), _LOSS, "zero"
+    ),
+    ("tiny-vit", "importance"): lambda m: hs.vision.importance(m, _images(m)),
+    ("tiny-vit", "hops"): lambda m: hs.vision.hops(m, _images(m)),
+    ("tiny-vit", "class space"): lambda m: hs.vision.class_space(m, _images(m)),
+    ("tiny-vit", "contributions"): lambda m: hs.vision.contributions(m, _images(m)),
+    ("tiny-vit", "maps"): lambda m: hs.vision.maps(m, _images(m)).weights,
+    ("tiny-marian", "decoder lens"): lambda m: hs.lens.decoder_lens(m, _sources(m), length=4).texts,
+    ("tiny-marian", "source contribution"): lambda m: hs.flow.source_contribution(m, _sources(m)),
+    ("tiny-marian", "alignment"): lambda m: hs.alignment.find(m, _sources(m)),
+    ("tiny-marian", "ablate, cross"): lambda m: hs.ablate_heads(
+        m.stack("cross"), _sources(m), hs.metrics.answer_log_prob, "zero"
+    ),
+    ("llava", "pictures"): _read_in_pictures,
+}
 # Grouped heads and rotary positions: where they make a difference to what runs.
 _ALSO = (
     *("score, repeated tokens", "score, needle", "ablate, mean", "path patch"),
@@ -257,11 +312,12 @@ _ALSO = (
 NAMED = [("tiny-gpt2", name) for name in CASES] + [
     ("tiny-llama", name) for name in (*OF_ROTARY, *_ALSO)
 ]
+NAMED += OF_OTHER_MODELS
 
 
 @pytest.mark.parametrize(("name", "case"), NAMED)
 def test_same_numbers_as_on_the_cpu(name: str, case: str) -> None:
-    run = (CASES | OF_ROTARY)[case]
+    run = OF_OTHER_MODELS.get((name, case)) or (CASES | OF_ROTARY)[case]
     here, there = (dict(_leaves(run(model_on(name, one)))) for one in ("cpu", standin.NAME))
     assert here.keys() == there.keys()
     for place, value in here.items():

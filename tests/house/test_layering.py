@@ -1,5 +1,6 @@
 """The floors of the house hold: who may import whom, and which words stand where."""
 
+from dataclasses import is_dataclass
 from itertools import takewhile
 from pathlib import Path
 
@@ -82,3 +83,46 @@ def test_what_is_allowed_is_not_found(file: str, tmp_path: Path) -> None:
     written.parent.mkdir(parents=True)
     written.write_text(FINE[file])
     assert violations(tmp_path / "headscope") == []
+
+
+# What these rooms return that is no result: models, inputs, maps into a vocabulary.
+NO_RESULTS = {
+    "Clip",
+    "Diffusion",
+    "ImageKeys",
+    "Sentence",
+    "Treebank",
+    "ResidualLens",
+    "AttentionLens",
+}
+ROOMS = ("vision", "alignment", "similarity", "syntax", "lens", "diffusion", "comparing")
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_results_of_public_functions_can_be_shown_and_saved(room: str) -> None:
+    """Each has a glance, sections, columns, ``save`` and ``load``, and comes back as it was."""
+    import importlib
+    import inspect
+    from typing import get_args, get_type_hints
+
+    from headscope.base.result import Result
+
+    module = importlib.import_module(f"headscope.{room}")
+    wanted = {"load", *(name for name in vars(Result) if name.islower() and name[0] != "_")}
+    assert {"glance", "summary", "sections", "columns", "to_pandas", "save"} <= wanted
+    seen = 0
+    for name, function in inspect.getmembers(module, inspect.isfunction):
+        if name.startswith("_") or not function.__module__.startswith(f"headscope.{room}"):
+            continue
+        found = get_type_hints(function).get("return")
+        for kind in (found, *get_args(found)):
+            ours = inspect.isclass(kind) and kind.__module__.startswith("headscope.")
+            if not ours or not is_dataclass(kind) or kind.__name__ in NO_RESULTS:
+                continue
+            missing = sorted(one for one in wanted if not hasattr(kind, one))
+            assert not missing, f"{kind.__name__}, which {room}.{name} returns, has no {missing}"
+            assert "_repr_html_" in dir(kind)
+            made = inspect.unwrap(kind.__repr__).__code__.co_filename  # "<string>": of all fields
+            assert made != "<string>", f"{kind.__name__} prints its arrays"
+            seen += 1
+    assert seen

@@ -1,5 +1,6 @@
 """Cross-attention of a UNet and of a DiT against diffusers' own attention and plain hooks."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -180,3 +181,21 @@ def test_tokens_are_scored_and_misuse_is_told() -> None:
                 down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
             )
         )  # fmt: skip
+
+
+def test_attention_to_tokens_is_shown_and_comes_back_from_a_file(tmp_path: Path) -> None:
+    model = hs.diffusion.load(model_of("unet"))
+    inputs = {
+        "sample": torch.randn(2, 4, 8, 8),
+        "timestep": 9,
+        "encoder_hidden_states": torch.randn(2, 5, 12),
+    }
+    found = hs.diffusion.token_attention(model, inputs)
+    found.save(tmp_path / "tokens.safetensors")
+    again = hs.diffusion.TokenAttention.load(tmp_path / "tokens.safetensors")
+    np.testing.assert_array_equal(again.weights, found.weights)
+    assert again.summary() == found.summary()
+    assert "<table" in found._repr_html_()
+    frame = found.to_pandas()
+    np.testing.assert_allclose(frame.groupby("head").attention.sum(), 1, atol=1e-5)
+    assert set(frame["head"]) == {str(head) for head in model.heads}

@@ -1,9 +1,11 @@
 """Texts with pictures: boxes of image tokens by experiment, OCR heads by hand, steering."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,8 @@ from torch import Tensor
 import headscope as hs
 from headscope.base.stacks import ImageKeys
 from headscope.errors import InputError, UnsupportedModelError
+from headscope.heads import HeadIndex
+from tests.models.vision import pictures, vision
 from tests.models.vision_language import IMAGE, inputs_of, model_of
 
 SQUARE = {"height": 16, "width": 16}
@@ -530,3 +534,49 @@ def test_overlap_of_two_sets_of_heads() -> None:
     assert (none.jaccard, none.p_value) == (0.0, 1.0)
     with pytest.raises(InputError, match="more than among=1"):
         hs.vision.head_overlap(["L0H0"], ["L0H1"], among=1)
+
+
+def test_results_are_shown_drawn_and_come_back_from_files(
+    hand: tuple[Any, hs.Probe, ImageKeys], tmp_path: Path
+) -> None:
+    """Every result of the room: its glance, its numbers, its figures, and itself from a file."""
+    model, probe, keys = hand
+    vit = hs.load(vision("vit"))
+    images = hs.probes.images(vit, pictures(4), labels=[3, 0, 4, 1])
+    writes = hs.vision.contributions(vit, images)
+    seen = keys.evidence(BOXES)
+    results: list[Any] = [
+        hs.vision.hops(vit, images),
+        hs.vision.class_space(vit, images),
+        writes,
+        hs.vision.text_span(writes.heads[:, 0, 1], np.eye(writes.whole.shape[1]), 3),
+        hs.vision.image_attention(model, probe, keys),
+        hs.vision.ocr_heads(model, probe, seen, [[5, 6]] * 6, keys),
+        hs.vision.head_overlap(["L0H1", "L1H0"], ["L1H0"], among=8),
+        hs.vision.Steering(0.5, np.ones(2), np.array([0.1, 0.2]), 1 / 3, (HeadIndex(0, 1),)),
+    ]
+    for result in results:
+        file = tmp_path / f"{type(result).__name__}.safetensors"
+        result.save(file)
+        again = type(result).load(file)
+        pandas.testing.assert_frame_equal(again.to_pandas(), result.to_pandas())
+        assert again.summary() == result.summary() == repr(result)
+        assert len(result.summary()) < 1200
+        assert "<table" in result._repr_html_()
+        assert isinstance(result, hs.base.result.Result)
+        assert list(result.columns()) == list(result.to_pandas())
+        assert result.sections()[0].title
+        for draw in hs.plots.figures(result).values():
+            assert draw("light").data
+    drawn = [type(one).__name__ for one in results if hs.plots.figures(one)]
+    assert drawn == ["HopProfile", "ClassReading", "ImageAttention", "OcrHeads"]
+    rest = np.einsum("id,id->i", writes.rest, writes.whole) / (writes.whole**2).sum(1)
+    assert float(np.nansum(writes.share) + rest.mean()) == pytest.approx(1.0)
+    frame = results[0].to_pandas()
+    far = frame.distance * frame.mass / frame.groupby("head").mass.transform("sum")
+    by_head = far.groupby(frame["head"]).sum()
+    assert by_head["V0H1"] == pytest.approx(float(results[0].range.mean[0, 1]), abs=0.05)
+    keys.save(tmp_path / "keys.safetensors")
+    assert ImageKeys.load(tmp_path / "keys.safetensors").at(0, 4) == keys.at(0, 4)
+    with pytest.raises(InputError, match="holds HeadTexts: read it with"):
+        hs.vision.Written.load(tmp_path / "HeadTexts.safetensors")
