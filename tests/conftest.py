@@ -27,6 +27,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +119,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported and collected out of every search for cycles."""
+    """Leave what was imported and collected out of every search for cycles, and keep names."""
     gc.collect()
     gc.freeze()
+    # plotly splits the names of properties anew at each use, the same few thousand times over.
+    if (plotly := sys.modules.get("plotly.basedatatypes")) is not None:
+        plotly._str_to_dict_path_full = cache(plotly._str_to_dict_path_full)
 
 
 @pytest.fixture(autouse=True)
