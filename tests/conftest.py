@@ -1,5 +1,6 @@
 """What every test stands on: no network, fixed seeds, few threads, fresh interpreters on demand."""
 
+# ruff: noqa: E402  some things must be set before what reads them is imported
 import gc
 import os
 

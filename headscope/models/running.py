@@ -20,9 +20,26 @@ from headscope.errors import HeadscopeError, InputError, UnsupportedModelError
 
 def put_away(module: nn.Module) -> None:
     """Unload what a pass that ended early left loaded, as it would have been at its end."""
-    for part in module.modules():
+    for part in submodules(module):
+        if "_hf_hook" not in vars(part):
+            continue
         if _away(part) and not all(value.is_meta for _, value in _own_tensors(part)):
             _hook(part).post_forward(part, None)
+
+
+def submodules(module: nn.Module) -> list[nn.Module]:
+    """List a module and all modules below it, each once, in the order of ``modules()``.
+
+    That method also builds every name, which takes longer than a small layer takes to run.
+    """
+    found: dict[nn.Module, None] = {}
+    ahead = [module]
+    while ahead:
+        part = ahead.pop()
+        if part not in found:
+            found[part] = None
+            ahead += reversed([*part.children()])
+    return list(found)
 
 
 def runs_on(module: nn.Module, weight: Tensor) -> torch.device:
@@ -284,7 +301,7 @@ def held(module: Any) -> Iterator[Use]:
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Put every submodule in evaluation mode, and those that trained back into training mode."""
-    training = [part for part in module.modules() if part.training]
+    training = [part for part in submodules(module) if part.training]
     try:
         for part in training:
             part.training = False

@@ -8,6 +8,7 @@ from headscope.errors import UnsupportedModelError
 from headscope.models.bridge.model import BridgeModel, bridge_over, wrap_bridge
 from headscope.models.hf.measured import measure_norm
 from headscope.models.hf.model import HFModel
+from headscope.models.running import submodules
 from tests.models import checks
 from tests.models.families import BRIDGE_FAMILIES, HF_FAMILIES, build, tokens
 from tests.watching import watch
@@ -126,3 +127,33 @@ def test_a_final_norm_without_weights_is_found() -> None:
     grid = hs.lens.logit_lens(model, [3, 4, 5, 6])
     expected = logits.softmax(0).max().item()
     assert grid.probabilities[-1, -1, 0] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.RMSNorm(8, eps=1e-5)])
+def test_a_norm_is_measured_again_once_it_holds_other_numbers(norm: nn.Module) -> None:
+    def measured() -> tuple[Tensor, Tensor, float]:
+        found = measure_norm(norm, 8, torch.device("cpu"))
+        return found.gain, found.bias, found.epsilon
+
+    first = measured()
+    assert measured()[0] is first[0]
+    weight = norm.get_parameter("weight")
+    weight.data[3] = 5.0  # past torch's counter of writes
+    torch.testing.assert_close(measured()[0], weight.detach())
+    assert first[0][3] != 5
+    if isinstance(bias := getattr(norm, "bias", None), Tensor):
+        bias.data[2] = -3.0
+        torch.testing.assert_close(measured()[1], bias.detach())
+    norm.eps = 0.25
+    assert measured()[2] == 0.25
+    norm.weight = nn.Parameter(torch.full((8,), 2.0))
+    torch.testing.assert_close(measured()[0], torch.full((8,), 2.0))
+
+
+def test_submodules_are_those_of_torch_in_its_order() -> None:
+    shared = nn.Linear(2, 2)
+    inner = nn.Sequential(shared, nn.ReLU(), nn.ModuleDict({"a": shared, "b": nn.Dropout()}))
+    inner.register_module("none", None)
+    inner.append(inner[1])
+    for module in (inner, nn.ModuleList([inner, shared, inner]), build("gpt2"), build("bloom")):
+        assert submodules(module) == list(module.modules())

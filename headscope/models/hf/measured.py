@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from headscope.models.attention import AttentionCall
 from headscope.models.hf.hooks import Call, Hook, after, entering, hooked, stream_of
 from headscope.models.proof import Gap, gap
 from headscope.models.protocol import AttentionWrite
-from headscope.models.running import at_hand, parameter, pass_over, runs_on
+from headscope.models.running import at_hand, parameter, pass_over, runs_on, submodules
 from headscope.models.taps import Tap
 from headscope.views import Norm, QueryKey, Rotation, Unembedding
 
@@ -153,11 +154,41 @@ def measure_norm(module: Any, d_model: int, device: torch.device) -> Norm:
 
     The norm is applied to a known vector and its negative: half the difference is the gain
     times the normalised vector, half the sum is the bias. So ``weight``, ``1 + weight`` and
-    whatever comes next are the same to us.
+    whatever comes next are the same to us. A norm that still holds the same numbers is not
+    measured again.
 
     Raises:
         UnsupportedModelError: if the module does not act like LayerNorm or RMSNorm.
     """
+    state = (_norm_state(module), d_model, device)
+    known = _NORMS.get(module)
+    if known is None or known[0] != state:
+        known = _NORMS[module] = (state, _measured_norm(module, d_model, device))
+    return known[1]
+
+
+# Norms of this process by module, with all that the module held when it was measured.
+_NORMS: "WeakKeyDictionary[nn.Module, tuple[object, Norm]]" = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _norm_state(module: nn.Module) -> object:
+    """Every number that a norm holds: its weights byte by byte, and its settings."""
+    found: list[object] = []
+    with at_hand(module):
+        for part in submodules(module):
+            held = vars(part)
+            settings = [(k, v) for k, v in held.items() if isinstance(v, (bool, int, float, str))]
+            found += [type(part), settings]
+            named = (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+            loose = [(k, v) for k, v in held.items() if isinstance(v, Tensor)]
+            for name, value in (*named, *loose):
+                data = value.detach().contiguous().flatten().view(torch.uint8).cpu()
+                found.append((name, value.dtype, value.shape, data.numpy().tobytes()))
+    return found
+
+
+def _measured_norm(module: nn.Module, d_model: int, device: torch.device) -> Norm:
     with at_hand(module):
         norm = copy.deepcopy(unhooked_copy(module)).float().eval()  # a few thousand numbers; exact
     generator = torch.Generator().manual_seed(0)
