@@ -19,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import headscope as hs
 from headscope.base import options as memory
 from headscope.models.bridge.model import bridge_over, wrap_bridge
+from headscope.models.protocol import HeadModel
 from headscope.models.running import weight_digest
 from headscope.scoring.score import Accumulator
 from tests.models.families import BRIDGE_FAMILIES, HF_FAMILIES, build, fresh
@@ -776,18 +777,37 @@ def test_b10_norms_of_queries_are_measured_in_the_models_own_types(around: str) 
     assert pruned.config.model_type == "qwen3"
 
 
-@pytest.mark.parametrize("name", READINGS)
-def test_b10_readings_are_in_the_models_own_types(name: str) -> None:
-    model = hs.load(llama())
-    wanted = np.asarray(READINGS[name](model))
+@pytest.fixture(scope="module")
+def loaded_within() -> dict[str, HeadModel]:
+    """One model for each thing around, loaded there; no reading writes to it."""
+    found = {}
     for around, enter in AROUND.items():
         module = llama()
         with enter():
-            loaded = hs.load(module)
+            found[around] = hs.load(module)
+    return found
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_b10_readings_are_in_the_models_own_types(
+    name: str, loaded_within: dict[str, HeadModel]
+) -> None:
+    model = hs.load(llama())
+    wanted = np.asarray(READINGS[name](model))
+    for around, enter in AROUND.items():
+        loaded = loaded_within[around]
+        with enter():
             found = [np.asarray(READINGS[name](one)) for one in (model, loaded)]
         for one in found:
             np.testing.assert_allclose(one, wanted, atol=2e-5, rtol=1e-4, err_msg=around)
         np.testing.assert_allclose(np.asarray(READINGS[name](loaded)), wanted, atol=2e-5, rtol=1e-4)
+
+
+def test_b10_readings_leave_the_shared_models_as_they_were(
+    loaded_within: dict[str, HeadModel],
+) -> None:
+    whole = hs.load(llama()).digest()
+    assert {model.digest() for model in loaded_within.values()} == {whole}
 
 
 def test_b10_an_edited_pattern_is_computed_for_the_edited_heads_in_chunks(

@@ -1,5 +1,6 @@
 """What a p-value, an error and an interval of a score promise, from the probe to the result."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -61,21 +62,32 @@ def of_places(probe: hs.Probe, back: int) -> Tensor:
 
 def named(probe: hs.Probe, scorer: hs.scorers.Scorer, patterns: Any) -> hs.HeadScores:
     """The score of heads whose attention is given as a function of the probe."""
+    return all_named(probe, [scorer], patterns)[0]
+
+
+def all_named(
+    probe: hs.Probe, scorers: Sequence[hs.scorers.Scorer], patterns: Any
+) -> list[hs.HeadScores]:
+    """Several scores of these heads; the attention of each head is computed once."""
     control = probe.control
     assert control is not None
     values, null = (
-        np.stack([scored(one, scorer, head(one)) for head in patterns])[None]
+        np.stack([[scored(one, scorer, rows) for scorer in scorers] for rows in made], axis=1)
         for one in (probe, control)
+        for made in [(head(one) for head in patterns)]
     )
-    return hs.HeadScores.from_examples(
-        scorer.name,
-        values,
-        kv_heads=1,
-        control_per_example=null,
-        design=Design(paired=control.paired, clusters=probe.cluster_labels),
-        bounds=scorer.bounds,
-        threshold=scorer.threshold,
-    )
+    return [
+        hs.HeadScores.from_examples(
+            scorer.name,
+            values[number][None],
+            kv_heads=1,
+            control_per_example=null[number][None],
+            design=Design(paired=control.paired, clusters=probe.cluster_labels),
+            bounds=scorer.bounds,
+            threshold=scorer.threshold,
+        )
+        for number, scorer in enumerate(scorers)
+    ]
 
 
 @pytest.mark.parametrize("control", ["removed", "other_question"])
@@ -87,9 +99,9 @@ def test_c1_a_head_that_looks_at_a_place_is_no_retrieval_head(needles: str, cont
     )
     back = [*range(2, 90, 2)]
     heads = [lambda one, n=n: of_places(one, n) for n in back]
-    for name in ("retrieval", "needle_mass", "retrieval_needle_only", "retrieval_first_token"):
-        found = named(probe, CATALOGUE[name], heads)
-        if name == "needle_mass":
+    names = ("retrieval", "needle_mass", "retrieval_needle_only", "retrieval_first_token")
+    for found in all_named(probe, [CATALOGUE[name] for name in names], heads):
+        if found.name == "needle_mass":
             assert found.mean.max() > 0.1
         assert not found.significant().any()
         assert (found.p_value < 0.05).mean() <= 0.12  # 44 heads, 5%
