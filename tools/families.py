@@ -6,13 +6,14 @@
     python -m tools.families --group images vit swin  # some of a group, printed
 
 Groups are those of :mod:`tools.tiny_models`: causal language models, masked ones, models of images,
-encoder-decoders of text and of speech. Every class is built tiny and held against itself by
-``hs.testing.check_model``. A family is *supported* if every check passed, *limited* if some do not
+encoder-decoders of text and of speech, models of texts with images. Every class is built tiny and
+held against itself by ``hs.testing.check_model``. A family is *supported* if every check passed, *limited* if some do not
 apply and the reason is said, *refused* if it is not loaded and the reason is said; anything else is
 *wrong*, and the tests fail.
 """
 
 import argparse
+import contextlib
 import logging
 import re
 import sys
@@ -21,11 +22,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 import headscope as hs
 from headscope.testing import check_model
-from tools.tiny_models import GROUPS, kinds, tiny_model
+from tools.tiny_models import GROUPS, image_inputs, kinds, tiny_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 Verdict = Literal["supported", "limited", "refused", "not built", "wrong"]
@@ -42,6 +45,7 @@ class Family:
         name: of its class; empty where it could not be built.
         path: ``fused`` or ``transformer-lens``; empty where it is not loaded.
         reasons: of what is limited, by check; or one reason, under an empty name.
+        images: what came of texts with images in them; empty where none were tried.
     """
 
     kind: str
@@ -49,6 +53,7 @@ class Family:
     verdict: Verdict
     path: str
     reasons: Mapping[str, str]
+    images: str = ""
 
 
 def examine(kind: str, group: str = "causal") -> Family:
@@ -64,12 +69,69 @@ def examine(kind: str, group: str = "causal") -> Family:
         return Family(kind, name, "refused", "", {"": _without_name(str(refusal), name, kind)})
     except Exception as error:
         return Family(kind, name, "wrong", "", {"load": _short(error)})
-    report = check_model(model, raises=False)
     path = PATHS[seen.path]
-    if report.failed:
-        return Family(kind, name, "wrong", path, report.failed)
-    reasons = {check: _without_name(why, name, kind) for check, why in report.limited.items()}
-    return Family(kind, name, "limited" if reasons else "supported", path, reasons)
+    found = _without_images(seen) if group == "pictures" else {}
+    if not found:
+        report = check_model(model, raises=False)
+        if report.failed:
+            return Family(kind, name, "wrong", path, report.failed)
+        found = report.limited
+    reasons = {check: _without_name(why, name, kind) for check, why in found.items()}
+    images = ""
+    if group == "pictures":
+        try:
+            images = _with_images(model, seen)
+        except hs.HeadscopeError as refusal:
+            images = f"refused: {_without_name(str(refusal), name, kind)}"
+        except Exception as error:
+            return Family(kind, name, "wrong", path, {"images": _short(error)})
+    return Family(kind, name, "limited" if reasons else "supported", path, reasons, images)
+
+
+def _without_images(model: Any) -> dict[str, str]:
+    """Why texts alone are refused, if they are."""
+    try:
+        hs.capture.collect(model, hs.probes.from_tokens(torch.arange(3, 9)[None]))
+    except hs.HeadscopeError as refusal:
+        return {"texts without images": str(refusal)}
+    return {}
+
+
+@torch.no_grad()
+def _with_images(module: Any, model: Any) -> str:
+    """Hold rows and logits of texts with images against the model's own eager attention.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    inputs = image_inputs(module)
+    if inputs is None:
+        return "not tried"
+    probe = hs.probes.from_batch(inputs)
+    acts, logits = hs.capture.collect(model, probe), model.run(probe)
+    before = module.config._attn_implementation
+    module.set_attn_implementation("eager")
+    own = module(**inputs, use_cache=False, output_attentions=True)
+    module.set_attn_implementation(before)
+    patterns = [one for one in own.attentions or () if isinstance(one, torch.Tensor)]
+    rows = [acts[layer].pattern for layer in model.shape.attention_layers]
+    if len(patterns) != len(rows):
+        return "logits" if _alike(logits, own.logits) else "not tried"
+    if not all(_alike(one, other) for one, other in zip(rows, patterns, strict=True)):
+        raise ValueError("rows of texts with images are not those of eager attention.")
+    if not _alike(logits, own.logits):
+        raise ValueError("logits of texts with images are not the model's own.")
+    keys = ""
+    with contextlib.suppress(hs.HeadscopeError):
+        hs.vision.image_keys(model, probe)
+        keys = ", places"
+    return f"rows{keys}"
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are equal to 3e-5 of the largest number."""
+    size = float(other.abs().max())
+    return one.shape == other.shape and float((one - other).abs().max()) <= 3e-5 * max(1.0, size)
 
 
 def _short(error: Exception) -> str:
@@ -106,6 +168,9 @@ def page(families: Iterable[Family]) -> str:
         "`transformer-lens` is a `TransformerBridge`, one layer's pattern at a time. Both give the "
         "same numbers.",
         "",
+        "One family of transformers routes tokens to heads (jetmoe, a mixture of attention heads). "
+        "It is refused, as its heads are not the same at every token. No other has routed heads.",
+        "",
     ]
     lines += _table(
         "Supported", ("model type", "class", "path"), _rows(listed, "supported", lambda f: f.path)
@@ -134,8 +199,18 @@ def _other(group: str, listed: list[Family]) -> list[str]:
     about, counts = GROUPS[group], Counter(family.verdict for family in listed)
     runs = [family for family in listed if family.verdict in ("supported", "limited")]
     numbers: dict[str, int] = {}
-    rows = [(f"`{f.kind}`", f"`{f.name}`", _numbered(f, numbers) or "nothing") for f in runs]
-    lines = _table(about.title, ("model type", "class", "refused"), rows)
+    seen = group == "pictures"
+    rows = [
+        (
+            f"`{f.kind}`",
+            f"`{f.name}`",
+            *([_images(f, numbers)] if seen else []),
+            _numbered(f, numbers) or "nothing",
+        )
+        for f in runs
+    ]
+    head = ("model type", "class", *(["with images"] if seen else []), "refused")
+    lines = _table(about.title, head, rows)
     intro = (
         f"{len(runs)} of {len(listed)} model types run, {about.said}; {counts['refused']} are "
         f"refused at load and {counts['not built']} cannot be built here."
@@ -149,6 +224,14 @@ def _other(group: str, listed: list[Family]) -> list[str]:
     ]
     below = _table(f"{about.title} that do not run", ("model type", "what", "reason"), rest)
     return lines + [line.replace("## ", "### ", 1) for line in below]
+
+
+def _images(family: Family, numbers: dict[str, int]) -> str:
+    """What came of texts with images, with the number of a reason."""
+    refused, found = family.images.removeprefix("refused: "), family.images
+    if refused == found:
+        return found
+    return f"refused ({numbers.setdefault(refused, len(numbers) + 1)})"
 
 
 def _transformers() -> str:
@@ -218,7 +301,8 @@ def main() -> None:
 def _told(family: Family) -> Family:
     """Print what came of a family."""
     told = "; ".join(f"{k}: {v}" if k else v for k, v in family.reasons.items())
-    print(f"{family.kind:28} {family.verdict:10} {family.path:16} {told}", flush=True)
+    images = f"[{family.images}] " if family.images else ""
+    print(f"{family.kind:28} {family.verdict:10} {family.path:16} {images}{told}", flush=True)
     return family
 
 

@@ -7,12 +7,14 @@ wide, and gains, biases and sinks are moved off 0 and 1, so that attention is fa
 part that is misread changes every number.
 """
 
+import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 VOCAB, CONTEXT, WINDOW, WIDTH, HEADS, KV_HEADS, DEPTH = 61, 256, 5, 32, 4, 2, 3
 LARGEST = 4_000_000
@@ -219,6 +221,27 @@ EXCEPTIONS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+# Text models of vision-language models whose positions are three numbers, split by hand.
+_TURNING = (
+    *("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "glm4v_text", "glm4v_moe_text"),
+    *("glm_ocr_text", "glm46v_text", "glmga_text", "paddleocr_vl_text"),
+)
+_TURNS = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+# Pictures of 4 x 4 patches, of which four become one token where a family merges them.
+_PICTURES: Mapping[str, Any] = {
+    **{"image_size": 16, "patch_size": 4, "num_channels": 3, "in_channels": 3, "in_chans": 3},
+    **{"depth": 2, "embed_dim": WIDTH, "out_hidden_size": WIDTH, "mlp_ratio": 2, "num_heads": 4},
+    **{"temporal_patch_size": 2, "spatial_merge_size": 2, "fullatt_block_indexes": [1]},
+    **{
+        "deepstack_visual_indexes": [0],
+        "num_position_embeddings": 16,
+        "window_size": 16,
+        "head_dim": 8,
+    },
+}
+_SPOKEN: Mapping[str, Any] = {"vocab_size": VOCAB, "head_dim": WIDTH // HEADS}
+
+
 @dataclass(frozen=True)
 class Group:
     """Model classes that are built for one purpose.
@@ -274,6 +297,18 @@ GROUPS: Mapping[str, Group] = {
         largest=8_000_000,
         said="each with three stacks of attention",
     ),
+    "pictures": Group(
+        "Vision-language models",
+        "AutoModelForImageTextToText",
+        ("IMAGE_TEXT_TO_TEXT",),
+        {"is_decoder": False, "vision_config": _PICTURES, "text_config": _SPOKEN}
+        | {"image_token_id": VOCAB - 3, "image_token_index": VOCAB - 3}
+        | {"vision_start_token_id": VOCAB - 5, "vision_end_token_id": VOCAB - 6}
+        | {"video_token_id": VOCAB - 4, "image_seq_length": 16, "mm_tokens_per_image": 4}
+        | {"vision_feature_layers": (-1, -2)},
+        largest=8_000_000,
+        said="the decoder's heads on texts with images in them",
+    ),
 }
 
 
@@ -303,7 +338,23 @@ def tiny_config(kind: str, group: str = "causal") -> Any:
         for name, value in GROUPS[group].own.items()
         if known.get(name) is not None and not isinstance(known[name], list)
     }
+    for name, value in own.items():  # of a config inside, what it has
+        if isinstance(value, Mapping):
+            own[name] = {
+                one: _alike(size, known[name][one])
+                for one, size in value.items()
+                if one in known[name]
+            }
     return config_class(**_shrunk(config_class, {**EXCEPTIONS.get(kind, {}), **own}))
+
+
+def _alike(size: Any, default: Any) -> Any:
+    """A size in the form that a config's default has."""
+    if isinstance(default, float):
+        return float(size)
+    if isinstance(default, list | tuple) and not isinstance(size, list | tuple):
+        return [size] * len(default)
+    return size
 
 
 def _shrunk(config_class: Any, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -332,9 +383,13 @@ def _shrunk(config_class: Any, own: Mapping[str, Any]) -> dict[str, Any]:
     if "is_decoder" in fields:
         small["is_decoder"] = True
     small |= own
+    if fields.get("image_grid_pinpoints"):
+        small["image_grid_pinpoints"] = [[16, 16], [16, 32]]
     for name in getattr(default, "sub_configs", {}):
         if (part := getattr(default, name, None)) is not None:
             inside = EXCEPTIONS.get(part.model_type, {})
+            if name == "text_config" and part.model_type in _TURNING:
+                inside = {**inside, "rope_parameters": _TURNS}
             small[name] = _shrunk(type(part), {**inside, **own.get(name, {})})
     return small
 
@@ -386,6 +441,126 @@ def tiny_model(kind: str, seed: int = 0, group: str = "causal") -> Any:
     model = made.from_config(config).eval()
     unsettle(model)
     return model
+
+
+@torch.no_grad()
+def image_inputs(model: Any) -> dict[str, Tensor] | None:
+    """Two texts with an image in each, as the processor of a tiny vision-language model gives them.
+
+    Args:
+        model: of the group ``pictures``.
+
+    Returns:
+        None where no layout that is known here runs.
+    """
+    token = getattr(model.config, "image_token_id", None)
+    if not isinstance(token, int):
+        return None
+    for layout in (_in_grids, _in_tiles, _sized, _alone):
+        beside = layout(model, set(inspect.signature(model.forward).parameters))
+        if beside is None:
+            continue
+        for count in (*_missed(model, beside, token), 16, 4):
+            inputs = _with_text(model, beside, token, count)
+            if isinstance(_tried(model, inputs), Tensor):
+                return inputs
+    return None
+
+
+def _missed(model: Any, beside: Mapping[str, Tensor], token: int) -> list[int]:
+    """How many tokens stand for an image, as the model says of a text with one too few."""
+    said = _tried(model, _with_text(model, beside, token, 1))
+    numbers = [int(one) for one in re.findall(r"\d+", str(said))]
+    return [
+        number // share for number in numbers for share in (2, 2 * WIDTH) if number % share == 0
+    ]
+
+
+def _tried(model: Any, inputs: Mapping[str, Tensor]) -> Tensor | Exception:
+    """Logits, or what went wrong."""
+    try:
+        logits: Tensor = model(**inputs).logits
+    except Exception as error:  # code of any family, given what may not suit it
+        return error
+    return logits
+
+
+def _with_text(
+    model: Any, beside: Mapping[str, Tensor], token: int, count: int
+) -> dict[str, Tensor]:
+    """Three tokens, ``count`` of the image, and six more, in two texts."""
+    draw = torch.Generator().manual_seed(3)
+    words = torch.randint(3, VOCAB - 8, (2, 9), generator=draw)
+    places = torch.full((2, count), token)
+    ids = torch.cat([words[:, :3], places, words[:, 3:]], 1)
+    start = getattr(model.config, "vision_start_token_id", None)
+    if isinstance(start, int) and start < VOCAB:
+        ids[:, 2] = start
+    found = {"input_ids": ids, **beside}
+    accepted = inspect.signature(model.forward).parameters
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in accepted:
+            found[name] = (ids == token).long()
+    if model.config.model_type == "paligemma":  # a prefix that sees itself, and a suffix
+        found["token_type_ids"] = torch.zeros_like(ids)
+        found["token_type_ids"][:, -3:] = 1
+    return found
+
+
+def _noise(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(5))
+
+
+def _side(model: Any) -> int | None:
+    """Side of a picture in pixels; None where the config does not say."""
+    side = getattr(getattr(model.config, "vision_config", None), "image_size", None)
+    side = side[0] if isinstance(side, list | tuple) else side
+    return side if isinstance(side, int) else None
+
+
+def _in_grids(model: Any, accepted: set[str]) -> dict[str, Tensor] | None:
+    """Patches in a row, and how many there are to each side (qwen2_vl)."""
+    if "image_grid_thw" not in accepted:
+        return None
+    sees = model.config.vision_config
+    width = 3 * sees.patch_size**2 * getattr(sees, "temporal_patch_size", 1)
+    return {
+        "pixel_values": _noise(2 * 16, width),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
+    }
+
+
+def _in_tiles(model: Any, accepted: set[str]) -> dict[str, Tensor] | None:
+    """Several pictures a text, and which of their pixels are real (idefics3)."""
+    if "pixel_attention_mask" not in accepted:
+        return None
+    side = _side(model)
+    if side is None:
+        return None
+    return {
+        "pixel_values": _noise(2, 1, 3, side, side),
+        "pixel_attention_mask": torch.ones(2, 1, side, side, dtype=torch.long),
+    }
+
+
+def _sized(model: Any, accepted: set[str]) -> dict[str, Tensor] | None:
+    """A picture with its size, cut into tiles where the family does so (llava_next)."""
+    if "image_sizes" not in accepted:
+        return None
+    side = _side(model)
+    if side is None:
+        return None
+    tiles = 2 if getattr(model.config, "image_grid_pinpoints", None) else 0
+    shape = (2, tiles, 3, side, side) if tiles else (2, 3, side, side)
+    return {"pixel_values": _noise(*shape), "image_sizes": torch.tensor([[side, side]] * 2)}
+
+
+def _alone(model: Any, accepted: set[str]) -> dict[str, Tensor] | None:
+    """One picture a text."""
+    side = _side(model)
+    if "pixel_values" not in accepted or side is None:
+        return None
+    return {"pixel_values": _noise(2, 3, side, side)}
 
 
 @torch.no_grad()

@@ -409,7 +409,6 @@ def _wrapped(
     remember: bool = False,
 ) -> HeadModel:
     """Choose the path and verify the hook points."""
-    from headscope.models.bridge.model import wrap_bridge
     from headscope.models.hf.model import HFModel
     from headscope.models.hf.seq2seq import Seq2SeqModel, is_seq2seq
     from headscope.models.proof import prove
@@ -420,7 +419,7 @@ def _wrapped(
         kind: Any = Seq2SeqModel if is_seq2seq(module) else HFModel
         model: Any = kind.wrap(module, **facts)
         if model is None:
-            model = wrap_bridge(_bridged(module), **facts)
+            model = _beside_the_registry(module, facts)
         if check:
             prove(model, remember=remember and model.path == "hf")
         if isinstance(model, HFModel) and (model.grid or model.image_token) is not None:
@@ -449,6 +448,34 @@ def _image_processor(place: str, revision: str | None) -> Mapping[str, Any] | No
     except (OSError, ValueError):
         return None
     return dict(found)
+
+
+def _beside_the_registry(module: Any, facts: Mapping[str, Any]) -> Any:
+    """A model whose attention transformers' attention functions do not compute.
+
+    Decoders of text are opened by transformer-lens where it knows them; of all others, the code of
+    their attention is looked into.
+
+    Raises:
+        UnsupportedModelError: if neither can be done.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from headscope.models.bridge.model import wrap_bridge
+    from headscope.models.hf.model import HFModel
+
+    decoder = auto_class(module.config) is AutoModelForCausalLM
+    own = None if decoder else HFModel.wrap(module, own_code=True, **facts)
+    if own is not None:
+        return own
+    try:
+        bridge = _bridged(module)
+    except UnsupportedModelError:
+        own = HFModel.wrap(module, own_code=True, **facts) if decoder else None
+        if own is None:
+            raise
+        return own
+    return wrap_bridge(bridge, **facts)
 
 
 def _bridged(module: Any) -> Any:

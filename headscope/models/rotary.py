@@ -175,6 +175,9 @@ def no_rotation(name: str, config: Any) -> dict[str, str]:
     """The limit of a model without rotary positions; nothing for one that has them."""
     if is_rotary(config):
         return {}
+    if getattr(config, "rotary_value", None) is not None:  # roformer
+        reason = "turns its queries and keys by a table, and its config does not say how far"
+        return {"rotary": f"{name} ({config.model_type}) {reason}."}
     return {"rotary": f"{name} ({config.model_type}) has no rotary positions."}
 
 

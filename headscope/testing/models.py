@@ -620,9 +620,12 @@ def _unit_inputs(subject: _Subject) -> Float[Tensor, "batch pos d_model"]:
 def _with_input(subject: _Subject, layer: int, given: Tensor) -> PlainCall:
     """One layer's attention call when its module gets other inputs."""
     if not subject.clean.calls:
+        held = "against transformer-lens"
+        if subject.model.path == "hf":
+            held = "at load, against its activations"
         raise UnsupportedModelError(
             f"the plain attention of {subject.model.name} does not expose its queries and keys, so "
-            "its circuits are only checked against transformer-lens."
+            f"its circuits are only checked {held}."
         )
     place = subject.layers.index(layer)
     module = subject.clean.calls[place].module

@@ -39,6 +39,11 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         **_SIZES, local_attention=10, pad_token_id=0, cls_token_id=2, sep_token_id=3,
         bos_token_id=2, eos_token_id=3,
     ),
+    "albert": lambda: transformers.AlbertConfig(
+        **_SIZES, embedding_size=16, num_hidden_groups=2, inner_group_num=1
+    ),
+    "mpnet": lambda: transformers.MPNetConfig(**_SIZES),
+    "megatron-bert": lambda: transformers.MegatronBertConfig(**_SIZES),
     "esm": lambda: transformers.EsmConfig(
         **_SIZES, pad_token_id=0, mask_token_id=4, position_embedding_type="rotary"
     ),
@@ -58,7 +63,8 @@ def widened(module: Any) -> Any:
             if weight.ndim > 1:
                 weight.normal_(std=0.3)
             else:
-                weight.normal_(std=0.3).add_("norm" in name.lower() and name.endswith("weight"))
+                gain = "norm" in name.lower() or ".ln." in name
+                weight.normal_(std=0.3).add_(gain and name.endswith("weight"))
     return module.eval()
 
 
@@ -93,7 +99,7 @@ def eager_rows(module: Any, **inputs: Tensor) -> list[Tensor]:
 
 
 PROJECTIONS = (
-    "attention.output.dense", "attention.out_lin", "attn.Wo",
+    "attention.output.dense", "attention.out_lin", "attn.Wo", "attention.dense", "attn.o",
 )  # fmt: skip
 
 

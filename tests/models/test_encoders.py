@@ -131,14 +131,126 @@ def test_a_head_that_mixes_positions_is_given_them_all() -> None:
     torch.testing.assert_close(found, module(input_ids=tokens).logits[:, at])
 
 
-@pytest.mark.parametrize("name", ["bert", "modernbert", "esm"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "esm", "albert", "mpnet"])
 def test_models_pass_the_shipped_checks(loaded: dict[str, Any], name: str) -> None:
     report = hs.testing.check_model(loaded[name], raises=False)
     assert not report.failed, str(report)
     limited = set(report.limited)
     assert {"unembedding"} <= limited <= {
-        "write", "unembedding", "attribution", "OV circuit", "QK circuit",
+        "write", "unembedding", "attribution", "OV circuit", "QK circuit", "pruning",
     }  # fmt: skip
+
+
+@pytest.fixture
+def shared() -> Any:
+    """An albert of two groups of two layers, each group run two times, as it is."""
+    config = CONFIGS["albert"]()
+    config.inner_group_num, config.num_hidden_layers = 2, 4
+    torch.manual_seed(1)
+    module = widened(transformers.AlbertForMaskedLM(config))
+    with torch.no_grad():  # else eight layers make all tokens alike, and rows flat
+        for name, weight in module.named_parameters():
+            weight.mul_(0.3 if "attention.dense" in name else 2.0 if "query" in name else 1.0)
+    return module
+
+
+def counted(module: Any, at: int, head: int, **inputs: Tensor) -> Tensor:
+    """Logits of an albert as it is, with a head's output at 0 in one run of the shared layers."""
+    runs = [0]
+
+    def before(_module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        z = args[0].unflatten(-1, (HEADS, -1)).clone()
+        z[:, :, head] *= runs[0] != at
+        runs[0] += 1
+        return (z.flatten(-2),)
+
+    dense = [part for name, part in module.named_modules() if name.endswith("attention.dense")]
+    handles = [part.register_forward_pre_hook(before) for part in dense]
+    with torch.no_grad():
+        logits: Tensor = module(**inputs).logits
+    for handle in handles:
+        handle.remove()
+    assert runs == [8]  # 4 runs of groups, of 2 layers each
+    return logits
+
+
+def test_every_run_of_shared_layers_is_a_layer(shared: Any) -> None:
+    model, tokens = hs.load(shared), text_of(40)
+    assert model.shape.n_layers == 8
+    patterns = eager_rows(shared, input_ids=tokens)
+    acts = hs.capture.collect(model, hs.probes.from_tokens(tokens))
+    for layer in range(8):
+        found = acts[layer].pattern
+        torch.testing.assert_close(found, patterns[layer], atol=TOLERANCE, rtol=0)
+        assert layer == 0 or float((found - acts[layer - 1].pattern).abs().max()) > 0.1
+    for layer, head in ((0, 1), (3, 2), (7, 0)):
+        expected = counted(shared, layer, head, input_ids=tokens)
+        with model.edited([hs.edits.zero([(layer, head)])]):
+            found = model.forward(tokens)
+        size = float(expected.abs().max())
+        torch.testing.assert_close(found, expected, atol=TOLERANCE * size, rtol=0)
+
+
+def test_shared_layers_have_shared_weights_and_leave_the_model_as_it_was(shared: Any) -> None:
+    whole = {name: value.clone() for name, value in shared.state_dict().items()}
+    model = hs.load(shared)
+    first, third, fifth = (model.weights(layer).W_Q.clone() for layer in (0, 2, 4))
+    assert torch.equal(first, third)
+    assert not torch.equal(first, fifth)
+    assert sum(p.numel() for p in model.module.parameters()) == shared.num_parameters()
+    assert shared.state_dict().keys() == whole.keys()
+    assert shared.config.num_hidden_groups == 2
+    with torch.no_grad():
+        shared.albert.encoder.albert_layer_groups[1].albert_layers[0].attention.query.weight.mul_(2)
+    assert torch.equal(model.weights(4).W_Q, 2 * fifth)
+    with pytest.raises(UnsupportedModelError, match="share one set of weights"):
+        hs.prune(model, ["L0H0"])
+
+
+def test_the_bias_of_relative_positions_is_part_of_the_rows(loaded: dict[str, Any]) -> None:
+    module, tokens = loaded["mpnet"].module, text_of(40)
+    (before,) = eager_rows(module, input_ids=tokens)[:1]
+    table = module.mpnet.encoder.relative_attention_bias.weight
+    own, at = table.detach().clone(), torch.arange(40)
+    with torch.no_grad():
+        table[1] += 5  # bucket of the key before a query
+    rows = hs.capture.collect(loaded["mpnet"], hs.probes.from_tokens(tokens))[0].pattern
+    with torch.no_grad():
+        table.copy_(own)
+    previous = before[:, :, at[1:], at[:-1]]
+    raised = previous * torch.e**5
+    expected = raised / (1 - previous + raised)
+    torch.testing.assert_close(rows[:, :, at[1:], at[:-1]], expected, atol=TOLERANCE, rtol=0)
+
+
+def test_attention_of_a_familys_own_code_is_left_as_it_was(loaded: dict[str, Any]) -> None:
+    model, tokens = loaded["mpnet"], text_of(30)
+    module = model.module
+    assert not any("forward" in part.__dict__ for part in module.modules())
+    alone = module(input_ids=tokens).logits.detach()
+    with model.edited([hs.edits.zero(["L1H1"])]):
+        edited = module(input_ids=tokens).logits.detach()
+    assert float((edited - alone).abs().max()) > 0.1
+    expected, _ = plain(module, [(1, 1)], input_ids=tokens)
+    torch.testing.assert_close(edited, expected, atol=TOLERANCE * float(alone.abs().max()), rtol=0)
+    torch.testing.assert_close(module(input_ids=tokens).logits.detach(), alone)
+
+
+def test_circuits_of_own_code_are_products_of_its_weights(loaded: dict[str, Any]) -> None:
+    model = loaded["mpnet"]
+    own = model.module.mpnet.encoder.layer[1].attention.attn
+    query, key = (one.weight.unflatten(0, (HEADS, -1)) for one in (own.q, own.k))
+    expected = torch.einsum("hdm,hdn->hmn", query, key).detach()
+    factors = hs.circuits.qk(model, fold_norm=False)
+    for head in range(HEADS):
+        found = factors.explicit((1, head))
+        torch.testing.assert_close(found, expected[head], atol=1e-4, rtol=1e-4)
+
+
+def test_heads_of_own_code_are_not_removed(loaded: dict[str, Any]) -> None:
+    for name in ("megatron-bert", "mpnet"):
+        with pytest.raises(UnsupportedModelError, match="does not run with fewer heads"):
+            hs.prune(loaded[name], ["L0H1"])
 
 
 def test_stacks_say_what_is_seen(loaded: dict[str, Any]) -> None:
@@ -345,22 +457,55 @@ def test_a_folder_of_a_bare_model_opens_bare(tmp_path: Path) -> None:
     assert "logits" in model.limits
 
 
+_TINY = {
+    "vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 16,
+}  # fmt: skip
+_HRM = {"num_layers_per_stack": 1, "H_cycles": 2, "L_cycles": 2, "num_key_value_heads": 2}
 _NO_ROWS = {
-    "albert": (transformers.AlbertConfig, "share one set of weights"),
-    "mpnet": (transformers.MPNetConfig, "code of its own"),
-    "deberta-v2": (transformers.DebertaV2Config, "code of its own"),
-}
+    "deberta": (lambda: transformers.DebertaConfig(**_TINY), "code of its own"),
+    "deberta-v2": (lambda: transformers.DebertaV2Config(**_TINY), "code of its own"),
+    "convbert": (lambda: transformers.ConvBertConfig(**_TINY), "code of its own"),
+    "longformer": (lambda: transformers.LongformerConfig(**_TINY), "more of the mask"),
+    "big_bird": (lambda: transformers.BigBirdConfig(**_TINY), "code of its own"),
+    "xlm": (
+        lambda: transformers.XLMConfig(vocab_size=VOCAB, emb_dim=16, n_layers=2, n_heads=2),
+        "it calls expand_as",
+    ),
+    "hrm_text": (
+        lambda: transformers.HrmTextConfig(**(_TINY | _HRM)), "share one set of weights",
+    ),
+    "jetmoe": (
+        lambda: transformers.JetMoeConfig(
+            **_TINY, kv_channels=8, num_key_value_heads=1, num_local_experts=2
+        ),
+        "heads are routed",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", _NO_ROWS)
 def test_what_has_no_row_per_head_is_refused_with_the_reason(name: str) -> None:
     config, reason = _NO_ROWS[name]
-    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 2, "intermediate_size": 16}
-    module = transformers.AutoModelForMaskedLM.from_config(config(**sizes)).eval()
+    auto: Any = transformers.AutoModelForMaskedLM
+    auto = transformers.AutoModelForCausalLM if name in ("hrm_text", "jetmoe") else auto
+    module = auto.from_config(config()).eval()
     with pytest.raises(UnsupportedModelError, match=reason) as refusal:
         hs.load(module)
     assert str(refusal.value).count("is not supported") == 1
+
+
+def test_a_bias_that_depends_on_the_text_is_refused() -> None:
+    """It would be in the rows, and in no product of weights."""
+    module = encoder("mpnet")
+    table = module.mpnet.encoder.compute_position_bias
+    module.mpnet.encoder.compute_position_bias = lambda x: table(x) + x.sum(-1)[:, None, None]
+    with pytest.raises(UnsupportedModelError, match="depends on the text"):
+        hs.load(module)
+    module.mpnet.encoder.compute_position_bias = lambda x: table(x).tril() - 1e9 * (table(x) == 0)
+    module.mpnet.encoder.relative_attention_bias.weight.data[0] = 0
+    with pytest.raises(UnsupportedModelError, match="mask of its own"):
+        hs.load(module)
 
 
 def test_padding_that_is_read_as_text_is_refused() -> None:

@@ -63,11 +63,14 @@ def test_every_type_of_another_group_is_listed_and_none_is_wrong(group: str) -> 
     ("group", "kind", "verdict"),
     [
         ("masked", "electra", "limited"),
-        ("masked", "mpnet", "refused"),
-        ("masked", "albert", "refused"),
+        ("masked", "mpnet", "limited"),
+        ("masked", "albert", "limited"),
+        ("masked", "deberta-v2", "refused"),
         ("images", "swin", "refused"),
         ("seq2seq", "t5", "supported"),
         ("speech", "whisper", "supported"),
+        ("pictures", "llava", "supported"),
+        ("pictures", "paligemma", "limited"),
     ],
 )
 def test_what_the_page_says_of_other_groups_holds(group: str, kind: str, verdict: str) -> None:
@@ -75,3 +78,6 @@ def test_what_the_page_says_of_other_groups_holds(group: str, kind: str, verdict
     assert found.verdict == verdict, found.reasons
     part = PAGE.read_text(encoding="utf-8").split(f"\n## {GROUPS[group].title}\n")[1]
     assert (f"| `{kind}` | refused |" in part) == (verdict == "refused")
+    if group == "pictures":
+        assert found.images == "rows, places"
+        assert f"| `{kind}` | `{found.name}` | rows, places |" in part

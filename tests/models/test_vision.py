@@ -29,7 +29,7 @@ from tests.models.vision import (
 )
 
 FAMILIES = sorted(BUILDS)
-WITH_CLASSES = ("deit", "dinov2", "vit")
+WITH_CLASSES = ("beit", "beit-shared", "deit", "dinov2", "vit")
 TOLERANCE = 1e-5
 
 
@@ -100,18 +100,67 @@ def test_a_head_is_named_with_or_without_its_stack(loaded: dict[str, Any]) -> No
         hs.ablate_heads(loaded["vit"], probe, hs.metrics.kl_divergence, heads="X1H2")
 
 
-@pytest.mark.parametrize("name", ["vit", "dinov2-registers", "siglip"])
+@pytest.mark.parametrize("name", ["vit", "dinov2-registers", "siglip", "beit", "beit-shared"])
 def test_models_pass_the_shipped_checks(loaded: dict[str, Any], name: str) -> None:
     report = hs.testing.check_model(loaded[name], raises=False)
     assert not report.failed, str(report)
     limited = {"attribution", "padding left", "padding right"}
-    if name not in ("vit", "deit"):
+    if name not in ("vit", "deit", "beit-shared"):
         limited |= {"unembedding"}
-    if "dinov2" in name:  # every head's write is scaled channel by channel
-        limited |= {"write", "OV circuit"}
+    if "beit" in name:  # its bias has a table column for every head
+        limited |= {"pruning"}
     if name not in WITH_CLASSES:
         limited |= {"zero ablation"}
     assert set(report.limited) <= limited
+
+
+@pytest.mark.parametrize("name", ["beit", "dinov2", "dinov2-registers"])
+def test_layer_scale_is_part_of_what_a_head_writes(loaded: dict[str, Any], name: str) -> None:
+    """The first block's stream behind attention, with and without a head, by plain hooks."""
+    model, pixels = loaded[name], pictures()
+    module = model.module
+    named = ("0.layernorm_after", "0.norm2")
+    (norm,) = (part for path, part in module.named_modules() if path.endswith(named))
+    entered: list[Tensor] = []
+    handle = norm.register_forward_pre_hook(lambda _, args: entered.append(args[0].detach()))
+    _, outputs = plain(module, pixels)
+    plain(module, pixels, [(0, 2)])
+    handle.remove()
+    written = outputs[0][:, :, 2] @ model.output_weights(0)[2].detach()
+    size = float(written.abs().max())
+    torch.testing.assert_close(entered[0] - entered[1], written, atol=TOLERANCE * size, rtol=1e-4)
+    assert "linear_write" not in model.limits
+    write = model.parts.attention_write(0)
+    assert write.norm is None
+    whole = torch.einsum("bphd,hdm->bpm", outputs[0], model.output_weights(0)) + write.bias
+    streams: list[Tensor] = []
+    model.run(
+        hs.probes.from_batch({"pixel_values": pixels}),
+        reads={hs.Tap("resid_pre", 0): lambda view: streams.append(view.value)},
+    )
+    torch.testing.assert_close(streams[0] + whole, entered[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_bias_of_places_is_part_of_the_rows_of_beit(loaded: dict[str, Any]) -> None:
+    for name, shared in (("beit", False), ("beit-shared", True)):
+        model, pixels = loaded[name], pictures(1)
+        body = model.module.beit
+        biases = body.shared_position_bias if shared else body.layers[0].relative_position_bias
+        table, probe = (
+            biases.relative_position_bias_table,
+            hs.probes.from_batch({"pixel_values": pixels}),
+        )
+        own = table.detach().clone()
+        before = hs.capture.collect(model, probe, layers=[0])[0].pattern
+        with torch.no_grad():
+            table[-3] += 2.0  # the class token looking at patches
+        after = hs.capture.collect(model, probe, layers=[0])[0].pattern
+        with torch.no_grad():
+            table.copy_(own)
+        raised = torch.cat([before[:, :, :1, :1], before[:, :, :1, 1:] * np.exp(2.0)], -1)
+        expected = raised / raised.sum(-1, keepdim=True)
+        torch.testing.assert_close(after[:, :, :1], expected, atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(after[:, :, 1:], before[:, :, 1:], atol=TOLERANCE, rtol=0)
 
 
 def test_metrics_of_embeddings_need_no_head(loaded: dict[str, Any]) -> None:

@@ -31,6 +31,19 @@ BUILDS: dict[str, Callable[[], Any]] = {
     "deit": lambda: transformers.DeiTForImageClassification(
         transformers.DeiTConfig(**_SIZES, **_WITH)
     ),
+    "beit": lambda: transformers.BeitForImageClassification(
+        transformers.BeitConfig(**_SIZES, **_WITH, use_relative_position_bias=True)
+    ),
+    "beit-shared": lambda: transformers.BeitForImageClassification(
+        transformers.BeitConfig(
+            **_SIZES,
+            **_WITH,
+            use_shared_relative_position_bias=True,
+            use_mean_pooling=False,
+            layer_scale_init_value=0.0,
+            use_absolute_position_embeddings=True,
+        )
+    ),
     "dinov2": lambda: transformers.Dinov2ForImageClassification(
         transformers.Dinov2Config(**_DINO, **_WITH)
     ),
@@ -46,6 +59,8 @@ SPECIALS = {
     "vit": ("class",),
     "vit-bare": ("class",),
     "deit": ("class", "distillation"),
+    "beit": ("class",),
+    "beit-shared": ("class",),
     "dinov2": ("class",),
     "dinov2-registers": ("class", "register 1", "register 2"),
     "clip": ("class",),

@@ -3,25 +3,33 @@
 transformers routes the attention of most architectures through a public registry. Under our
 entry every layer calls :func:`_attend` with its final queries, keys and values, and masks are
 facts (which keys are real, which rule the mask follows), so that no ``[L, L]`` mask is ever built.
+
+Some families (mpnet, megatron-bert) compute attention in code of their own instead. Within a scope
+the product of queries and keys in that code makes :class:`Scores`, which collect what the code does
+to them, and their product with the values comes to the same place.
 """
 
 import threading
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from headscope.base.stacks import CAUSAL, MaskRule
 from headscope.errors import UnsupportedModelError
 from headscope.models.attention import AttentionCall, fused, visible_keys
+from headscope.models.hf.hooks import Call, Hook, after, before, hooked
 from headscope.models.hf.removed import heads_left
 from headscope.models.hf.transformers_api import (
     MaskFunction,
+    Switch,
     attention_name,
     padding_of_keys,
     plain_rule,
@@ -73,7 +81,9 @@ _GUARD = threading.RLock()
 # attributes as long as it keeps the tensor.
 _FACTS = "headscope_mask"
 # Keyword arguments with tensors that change nothing about which key a query sees, or how much.
-_HARMLESS = frozenset({"position_ids", "cache_position", "position_embeddings"})
+_HARMLESS = frozenset(
+    {"position_ids", "cache_position", "position_embeddings", "image_sizes", "logits_to_keep"}
+)
 # Entries of a mask up to which every row of it is looked at, and rows that are looked at above.
 _WHOLE, _ROWS = 1 << 16, 16
 # Modules whose keys are of another sequence than their queries, which no call says of itself.
@@ -93,6 +103,8 @@ class MaskFacts:
         refused: why attention under this mask is refused; None where it is not. Some families
             also make masks that no attention is called with (an encoder's, in bart's decoder).
         reach: of blocks of positions that see each other; see :class:`AttentionCall`.
+        keys: which keys are real, of a mask to which the family added a bias (beit): the tensor
+            that the facts belong to is that bias. None where it is the mask itself.
     """
 
     rule: MaskRule
@@ -102,6 +114,7 @@ class MaskFacts:
     use_vmap: bool
     refused: str | None = None
     reach: Tensor | None = None
+    keys: Tensor | None = None
 
 
 _MADE: ContextVar[list[MaskFacts] | None] = ContextVar("headscope_masks", default=None)
@@ -136,8 +149,38 @@ def mask_facts(mask: Tensor | None) -> MaskFacts | None:
 
 def with_facts(mask: Tensor, facts: MaskFacts) -> Tensor:
     """Mark a mask as ours, e.g. a copy of one for a larger batch."""
-    setattr(mask, _FACTS, facts)
-    return mask
+    marked = mask.as_subclass(_Mask)
+    setattr(marked, _FACTS, facts)
+    return marked
+
+
+class _Mask(Tensor):
+    """Mask that stays ours where a family adds scores of relative positions to it (beit)."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Add a bias to the mask; all else is torch's own."""
+        if _named(func) == "add" and len(args) == 2:
+            mask, other = args if mask_facts(args[0]) is not None else args[::-1]
+            if (facts := mask_facts(mask)) is not None and mask_facts(other) is None:
+                return _biased(mask, facts, other)
+        plain: Any = super()
+        return plain.__torch_function__(func, types, args, kwargs or {})
+
+
+def _named(func: Any) -> str:
+    """Name of a function or method of torch, the same for all forms of one operation."""
+    name = getattr(func, "__name__", str(func)).strip("_")
+    return {"radd": "add", "iadd": "add", "truediv": "div", "rmul": "mul", "imul": "mul"}.get(
+        name, name
+    )
+
+
+def _biased(mask: Tensor, facts: MaskFacts, bias: Tensor) -> Tensor:
+    """A mask with what a family added to it."""
+    if facts.keys is not None:
+        return with_facts(mask.as_subclass(Tensor) + bias, facts)
+    return with_facts(bias.clone(), replace(facts, keys=mask.as_subclass(Tensor)))
 
 
 def _mask(
@@ -322,9 +365,15 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Attention function with transformers' signature; see its AttentionInterface."""
     _refuse_unknown(ignored)
+    facts = mask_facts(attention_mask)
+    if facts is not None and attention_mask is not None:
+        attention_mask = attention_mask.as_subclass(Tensor)
+        if facts.keys is not None:  # the family's own bias came with the mask
+            added = _by_head(attention_mask, query.shape[1])
+            position_bias = added if position_bias is None else position_bias + added
+            attention_mask = facts.keys
     if attention_mask is not None and attention_mask.ndim != 2:
         raise UnsupportedModelError("it builds an attention mask of its own.")
-    facts = mask_facts(attention_mask)
     if facts is not None and facts.refused is not None:
         raise UnsupportedModelError(facts.refused)
     if facts is not None and attention_mask is not None:
@@ -353,6 +402,244 @@ def _attend(
     call = call if kept is None else kept.spread_call(call)
     route = next((route for route in reversed(_ROUTES) if route.takes(module)), None)
     return (fused(call) if route is None else route.handler(module, call)), None
+
+
+def _by_head(bias: Tensor, heads: int) -> Tensor:
+    """A bias as ``[_ head query key]``."""
+    whole = bias[None] if bias.ndim == 3 else bias
+    return whole.expand(-1, heads, -1, -1)
+
+
+class OwnCode(Switch):
+    """Attention modules of a model whose code computes attention itself (mpnet).
+
+    Under our name they make :class:`Scores` of queries and keys; under any other they run as they
+    are.
+
+    Args:
+        modules: that multiply queries and keys.
+    """
+
+    def __init__(self, modules: Sequence[torch.nn.Module]) -> None:
+        self.modules = tuple(modules)
+        self._before: list[Any] = []
+
+    def set_to(self, name: str | None) -> None:
+        """Put our product of queries and keys into the modules, or take it out."""
+        if (name == NAME) == (self.named == NAME):
+            self.named = name
+            return
+        self.named = name
+        if name != NAME:
+            for module, own in zip(self.modules, self._before, strict=True):
+                module.__dict__.pop("forward")
+                module.__dict__.update({} if own is None else {"forward": own})
+            return
+        self._before = [module.__dict__.get("forward") for module in self.modules]
+        for module in self.modules:
+            module.__dict__["forward"] = partial(_scored, module, module.forward)
+
+
+def _scored(module: torch.nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Output of a module of such a family, with None where it returns its whole pattern."""
+    with _Products(module):
+        output = forward(*args, **kwargs)
+    if isinstance(output, tuple):
+        return tuple(None if isinstance(one, Scores) else one for one in output)
+    return output
+
+
+class _Products(TorchFunctionMode):
+    """Scope in which the first product of queries and keys is scores.
+
+    What comes later is what hooks inside the module compute.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module: torch.nn.Module | None = module
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Make scores of a product of queries ``[batch head query d_head]`` and keys."""
+        whole = all(type(one) is Tensor and one.ndim == 4 for one in args)
+        if self.module is not None and whole and _named(func) == "matmul":
+            module, self.module = self.module, None
+            return Scores(module, args[0], args[1].mT)
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Attention scores that are not computed: what they are of, and what was done to them.
+
+    Attributes:
+        module: whose they are.
+        query, key: ``[batch head position d_head]``.
+        scaling: multiplier of their product.
+        bias: what was added to it.
+        mask: ours, once it was added.
+        normal: whether a softmax was taken.
+    """
+
+    module: torch.nn.Module
+    query: Tensor
+    key: Tensor
+    scaling: float = 1.0
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    normal: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of queries."""
+        return self.query.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """That of queries."""
+        return self.query.device
+
+    @property
+    def shape(self) -> torch.Size:
+        """Axes ``batch head query key``."""
+        return torch.Size((*self.query.shape[:3], self.key.shape[2]))
+
+    def __getattr__(self, name: str) -> Any:
+        """Refuse what scores of no known family are asked for."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise _unknown(name)
+
+    def __truediv__(self, number: Any) -> "Scores":
+        """Scores divided by a number."""
+        return self.__mul__(1 / number)
+
+    def __mul__(self, number: Any) -> "Scores":
+        """Scores times a number."""
+        if self.normal or self.mask is not None or isinstance(number, Tensor):
+            raise _unknown("mul")
+        bias = None if self.bias is None else self.bias * number
+        return replace(self, scaling=self.scaling * float(number), bias=bias)
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Any) -> "Scores":
+        """Scores with a mask of ours, or with a bias."""
+        if self.normal or not isinstance(other, Tensor):
+            raise _unknown("add")
+        if mask_facts(other) is not None:
+            if self.mask is not None:
+                raise _unknown("add")
+            return replace(self, mask=other)
+        if other.ndim not in (3, 4) or other.shape[-2:] != self.shape[-2:]:
+            raise _unknown("add")
+        bias = _by_head(other, self.query.shape[1])
+        return replace(self, bias=bias if self.bias is None else self.bias + bias)
+
+    __radd__ = __add__
+    __iadd__ = __add__
+
+    def to(self, *_: Any, **__: Any) -> "Scores":
+        """The same: rows are computed in fp32."""
+        return self
+
+    def softmax(self, dim: int | None, *_: Any, **__: Any) -> "Scores":
+        """The same, of which a softmax over keys was taken."""
+        if self.normal or dim not in (-1, 3):
+            raise _unknown("softmax")
+        return replace(self, normal=True)
+
+    def __matmul__(self, value: Tensor) -> Tensor:
+        """Average of values, outside the scope that this is called in."""
+        product: Any = torch.matmul
+        averaged: Tensor = product(self, value)
+        return averaged
+
+    def average(self, value: Tensor) -> Tensor:
+        """Values ``[batch head key d_head]`` averaged by the softmax of these scores."""
+        if not self.normal:
+            raise _unknown("matmul")
+        made, _ = _attend(
+            self.module,
+            self.query,
+            self.key,
+            value,
+            self.mask,
+            scaling=self.scaling,
+            position_bias=self.bias,
+            is_causal=False,
+        )
+        return made.transpose(1, 2)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What functions of torch make of scores."""
+        name, named = _named(func), kwargs or {}
+        if name in ("add", "mul") and len(args) == 2:
+            one, other = args if isinstance(args[0], Scores) else args[::-1]
+            made: Scores = one + other if name == "add" else one * other
+            return made
+        scores = args[0]
+        if not isinstance(scores, Scores):
+            raise _unknown(name)
+        if name == "softmax":
+            return scores.softmax(named.get("dim", args[1] if len(args) > 1 else None))
+        if name == "dropout" and not named.get("training", args[2] if len(args) > 2 else True):
+            return scores
+        if name == "matmul":
+            return scores.average(args[1])
+        if name == "div" and len(args) == 2:
+            return scores / args[1]
+        raise _unknown(name)
+
+
+def _unknown(name: str) -> UnsupportedModelError:
+    """Refusal of attention that does something else to its scores."""
+    return UnsupportedModelError(
+        "its attention is code of its own, which makes more of its scores than a multiple, a bias, "
+        f"a mask and a softmax (it calls {name}), so its rows cannot be told."
+    )
+
+
+def own_attention(module: torch.nn.Module, run: Callable[[], Any]) -> tuple[torch.nn.Module, ...]:
+    """Modules of a model in whose own code a softmax over keys is taken, in order.
+
+    Args:
+        module: the model.
+        run: one pass of it.
+    """
+    looking = _Looking()
+    hooks = [hook for part in module.modules() for hook in looking.hooks(part)]
+    with hooked(hooks), looking, torch.no_grad():
+        run()
+    return tuple(looking.found)
+
+
+class _Looking(TorchFunctionMode):
+    """Scope that notes which module takes the softmax of scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: list[torch.nn.Module] = []
+        self.found: dict[torch.nn.Module, None] = {}
+
+    def hooks(self, part: torch.nn.Module) -> tuple[Hook, Hook]:
+        """Hooks that say when a module runs."""
+
+        def enter(module: torch.nn.Module, _call: Call) -> None:
+            self.running.append(module)
+
+        def leave(_module: torch.nn.Module, _call: Call, _output: Any) -> None:
+            self.running.pop()
+
+        return before(part, enter), after(part, leave, first=True)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note the module with parts of its own that is running."""
+        if _named(func) == "softmax" and args and getattr(args[0], "ndim", 0) == 4:
+            whole = (one for one in reversed(self.running) if any(True for _ in one.children()))
+            self.found.update({one: None for one in [next(whole, None)] if one is not None})
+        return func(*args, **(kwargs or {}))
 
 
 def _layer_of(module: torch.nn.Module) -> int:

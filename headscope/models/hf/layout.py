@@ -7,6 +7,7 @@ unembedding; whether heads write ``z @ W_O`` into the residual stream, and with 
 is measured, and so is what happens to logits behind the unembedding.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,10 +24,17 @@ from headscope.errors import UnsupportedModelError
 from headscope.heads import HeadIndex, ModelShape
 from headscope.models.attention import AttentionCall, fused
 from headscope.models.hf.hooks import Call, after, entering, hooked
-from headscope.models.hf.interface import routed
-from headscope.models.hf.measured import LogitMap, Watch, measure_logit_map, ramp, write_scales
+from headscope.models.hf.interface import OwnCode, own_attention, routed
+from headscope.models.hf.measured import (
+    LogitMap,
+    Watch,
+    channel_scales,
+    measure_logit_map,
+    ramp,
+    write_scales,
+)
 from headscope.models.hf.removed import NoHeads, heads_left
-from headscope.models.hf.transformers_api import takes_attention_functions
+from headscope.models.hf.transformers_api import SHARED_GROUPS, takes_attention_functions
 from headscope.models.rotary import turning_length
 from headscope.models.running import Finished, accepted, answer, pass_over, runs_on
 
@@ -36,9 +44,10 @@ class LayerParts:
     """Modules of one attention layer.
 
     ``write_scale`` multiplies ``z @ W_O`` on its way into the residual stream; None where the
-    write is not linear in ``z`` (a norm after attention). ``input_norm`` makes attention's input
-    of the block's; None where attention reads the block's input itself (``reads_residual``) or
-    something that is not a plain norm of it.
+    write is not linear in ``z`` (a norm after attention). ``channel_scale`` names a vector of the
+    block that multiplies it too, channel by channel (layer scale). ``input_norm`` makes
+    attention's input of the block's; None where attention reads the block's input itself
+    (``reads_residual``) or something that is not a plain norm of it.
     """
 
     layer: int
@@ -47,6 +56,7 @@ class LayerParts:
     write_scale: float | None
     input_norm: nn.Module | None
     reads_residual: bool
+    channel_scale: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,18 +86,27 @@ class Layout:
     unembedding: Any = None
     grid: PatchGrid | None = None
 
+    def channel_scale(self, layer: int) -> Tensor | None:
+        """Learned vector that multiplies ``z @ W_O`` of a layer as it is now; None without one."""
+        name = self.layers[layer].channel_scale
+        return None if name is None else self.blocks[layer].get_parameter(name).detach()
+
     def by_attention(self) -> dict[nn.Module, LayerParts]:
         """Layer parts by the module that calls attention."""
         return {parts.attention: parts for parts in self.layers.values()}
 
 
-def find_layout(model: Any) -> Layout | None:
+def find_layout(model: Any, own_code: bool = False) -> Layout | None:
     """Find the parts of a language model; None if its attention cannot be routed.
+
+    Args:
+        model: a transformers model.
+        own_code: also look into attention that is the family's own code.
 
     Raises:
         UnsupportedModelError: if the family cannot be taken apart by heads at all.
     """
-    if not takes_attention_functions(model):
+    if not takes_attention_functions(model) and not own_code:
         return None
     reads = getattr(model, "main_input_name", TOKENS)
     if reads not in (TOKENS, PIXELS):
@@ -95,15 +114,18 @@ def find_layout(model: Any) -> Layout | None:
             f"it reads {reads}, and headscope gives a model token ids or images."
         )
     _refuse_towers(model)
-    configs = tuple(
-        {id(c): c for m in model.modules() if (c := getattr(m, "config", None))}.values()
-    )
     tiny = tiny_batch(model)
+    own = _own_code(model, tiny) if own_code else ()
+    if own_code and not own:
+        return None
+    held = (c for m in model.modules() if (c := getattr(m, "config", None)))
+    configs = (*{id(c): c for c in held}.values(), *own)
     watch, logits, has_logits = _watch(model, configs, tiny)
     if not watch.calls:
         if any(isinstance(module, NoHeads) for module in model.modules()):
             raise UnsupportedModelError("all its heads were pruned: there is nothing to see.")
         return None
+    _refuse_biases([call for _, call in watch.calls])
     names = {module: name for name, module in model.named_modules()}
     blocks, numbers = number_layers(model, [module for module, _ in watch.calls], names, watch.uses)
     choose_projections(watch, names)
@@ -113,21 +135,37 @@ def find_layout(model: Any) -> Layout | None:
     width = shape.n_heads * shape.d_head
     for module, _ in watch.calls:
         given = watch.inputs.get(watch.projections.get(module, module))
-        if module not in watch.projections or given is None or given.shape[-1] != width:
+        given = given if module in watch.projections else None
+        whole = given if given is not None and given.shape[-1] == width else None
+        in_order = whole is not None and whole.shape[:-1] == (TINY[0], watch.calls[0][1].n_queries)
+        if not in_order and any(weight.ndim == 3 for weight in module.parameters()):
+            raise UnsupportedModelError(
+                "its heads are routed (a mixture of attention heads): which query and output "
+                "matrices a head uses differs from token to token, so what reads its outputs is not "
+                "a matrix, and a head is not a fixed part of the model."
+            )
+        if whole is None:
             return None
-        if given.shape[:-1] != (TINY[0], watch.calls[0][1].n_queries):
+        if not in_order:
             raise UnsupportedModelError(
                 "what reads its head outputs takes them out of their order of examples and "
                 "positions (e.g. a mixture of experts) and is not a matrix, so there is no W_O."
             )
-    scales = write_scales(
-        watch,
-        {n: (blocks[n], m) for (m, _), n in zip(watch.calls, numbers, strict=True)},
-    )
+    placed = {n: (blocks[n], m) for (m, _), n in zip(watch.calls, numbers, strict=True)}
+    scales, channels = write_scales(watch, placed), dict[int, str | None]()
+    if any(scale is None for scale in scales.values()):
+        channels = channel_scales(watch, placed)
+        scales |= {n: 1.0 for n, name in channels.items() if name is not None}
     for (module, _), number in zip(watch.calls, numbers, strict=True):
         norm, plain = _input_norm(watch, blocks[number], module)
         layers[number] = LayerParts(
-            number, module, watch.projections[module], scales[number], norm, plain
+            number,
+            module,
+            watch.projections[module],
+            scales[number],
+            norm,
+            plain,
+            channels.get(number),
         )
     head = _unembedding(model) if tiny.sequence == TEXT else _classifier(watch, logits)
     final = find_final_norm(head, watch, blocks)
@@ -136,7 +174,7 @@ def find_layout(model: Any) -> Layout | None:
         layers,
         blocks,
         final,
-        _around(model, [module for module, _ in watch.calls]),
+        (*_around(model, [module for module, _ in watch.calls]), *own),
         final_norm_uses=1 if final is None else watch.uses[final],
         logit_map=_logit_map(logits, head),
         mask=_mask_rule([call for _, call in watch.calls]),
@@ -144,6 +182,23 @@ def find_layout(model: Any) -> Layout | None:
         unembedding=head,
         grid=None if tiny.sequence == TEXT else _grid(model, blocks[numbers[0]], shape),
     )
+
+
+def _own_code(model: Any, tiny: Batch) -> tuple[OwnCode, ...]:
+    """Modules in whose own code attention is computed, if there are any and they run."""
+    kind = getattr(model.config, "attention_type", None)
+    if isinstance(kind, str) and kind != "original_full":
+        return ()  # big_bird changes its modules for good when it meets a short text
+
+    def run() -> None:
+        with pass_over(model):
+            model(**arguments(model, tiny))
+
+    try:
+        modules = own_attention(model, run)
+    except Exception:  # code of any family; what it cannot run on is said by what comes next
+        return ()
+    return (OwnCode(modules),) if modules else ()
 
 
 def _around(model: Any, attentions: list[nn.Module]) -> tuple[Any, ...]:
@@ -216,6 +271,47 @@ def halves(model: Any) -> tuple[Any, Any]:
             setattr(made, projection, matrix)
         found.append(made.eval() if not model.training else made)
     return found[0], found[1]
+
+
+def unrolled(model: Any) -> Any:
+    """The same model with a module for every run of shared layers (albert); others as they are.
+
+    Layer n is the n-th run in a pass. The modules share the parameters of the model, which stays as
+    it is: what changes its weights in place changes both.
+
+    Args:
+        model: a transformers model.
+    """
+    holder = next((one for one in model.modules() if hasattr(one, SHARED_GROUPS)), None)
+    if holder is None or not isinstance(groups := getattr(holder, SHARED_GROUPS), nn.ModuleList):
+        return model
+    runs = model.config.num_hidden_layers
+    shared: list[Any] = list(groups)
+    order = [int(run / (runs / len(groups))) for run in range(runs)]
+    kept: dict[int, Any] = {id(one): one for one in (*model.parameters(), *model.buffers())}
+    made = copy.deepcopy(model, dict(kept))
+    kept[id(model.config)] = made.config
+    blocks = nn.ModuleList()
+    for number in order:
+        for place in range(len(shared[number].albert_layers)):
+            block = copy.deepcopy(shared[number], dict(kept))
+            block.albert_layers = nn.ModuleList([block.albert_layers[place]])
+            blocks.append(block)
+    setattr(made.get_submodule(_path(model, holder)), SHARED_GROUPS, blocks)
+    made.config.num_hidden_layers = made.config.num_hidden_groups = len(blocks)
+    made.config.inner_group_num = 1
+    return made
+
+
+def _path(model: nn.Module, part: nn.Module) -> str:
+    """Name of a part of a model."""
+    return next(str(name) for name, one in model.named_modules() if one is part)
+
+
+def shares_layers(layout: Layout) -> bool:
+    """Whether layers share parameters."""
+    firsts = [next(block.parameters(), None) for block in layout.blocks]
+    return len({id(one) for one in firsts}) < len(firsts)
 
 
 def _refuse_windows(watch: Watch, tiny: Batch) -> None:
@@ -515,8 +611,8 @@ def number_layers(
         numbers.append(int(path[place]))
     if any(uses[module] > 1 for module in attentions if attentions.count(module) > 1):
         raise UnsupportedModelError(
-            "its layers share one set of weights (as albert's do, or with recurrent depth), which "
-            "it runs more than once in a pass, so a head has more than one row for a query."
+            "its layers share one set of weights, which it runs more than once in a pass "
+            "(recurrent depth), so a head has more than one row for a query."
         )
     if any(one is other for one, other in pairwise(attentions)):
         raise UnsupportedModelError(
@@ -536,6 +632,28 @@ def number_layers(
         )
     blocks = model.get_submodule(lists[0])
     return blocks, numbers
+
+
+# Below this, what is added to scores hides keys.
+_HIDES = -1e4
+
+
+def _refuse_biases(calls: list[AttentionCall]) -> None:
+    """Refuse a bias that hides keys, or that depends on the text and not on positions alone.
+
+    Raises:
+        UnsupportedModelError: where it does.
+    """
+    for bias in (call.bias for call in calls if call.bias is not None):
+        if not bool((bias > _HIDES).all()):
+            raise UnsupportedModelError(
+                "it builds an attention mask of its own, in what it adds to its scores."
+            )
+        if not bool((bias == bias[:1]).all()):
+            raise UnsupportedModelError(
+                "what it adds to its scores depends on the text and not on positions alone (as "
+                "disentangled attention does), so no product of queries and keys gives its rows."
+            )
 
 
 def _mask_rule(calls: list[AttentionCall]) -> MaskRule:
@@ -674,4 +792,4 @@ def _may_be_norm(module: nn.Module, watch: Watch) -> bool:
         return isinstance(weight, Tensor) and weight.ndim == 1
     bare = not any(module.children()) and not any(True for _ in module.parameters())
     given, made = watch.inputs.get(module), watch.outputs[module]
-    return bare and given is not None and not torch.equal(given, made)
+    return bare and given is not None and given.shape == made.shape and not torch.equal(given, made)

@@ -329,6 +329,32 @@ def write_scales(
     return {n: found[clearest if blur[n] > _BLURRED else n] for n in layers}
 
 
+def channel_scales(
+    watch: Watch, layers: Mapping[int, tuple[nn.Module, nn.Module]]
+) -> dict[int, str | None]:
+    """Names of vectors v with which blocks add ``v * (z @ W_O)`` to their input (layer scale).
+
+    None for a block that has no such vector among its parameters.
+
+    Args:
+        watch: inputs and outputs of modules, and what every attention module wrote.
+        layers: block and attention module of every attention layer.
+    """
+    watch = watch.detached()
+    return {number: _channel_scale(watch, *modules) for number, modules in layers.items()}
+
+
+def _channel_scale(watch: Watch, block: nn.Module, attention: nn.Module) -> str | None:
+    write = watch.writes.get(attention)
+    for name, vector in block.named_parameters():
+        if write is None or vector.ndim != 1 or len(vector) != write.shape[-1]:
+            continue
+        scaled = replace(watch, writes={attention: write * vector.detach().to(write.device)})
+        if _write_scale(scaled, block, attention) == 1.0:
+            return name
+    return None
+
+
 def added_scales(
     watch: Watch, layers: Mapping[int, tuple[nn.Module, nn.Module]]
 ) -> dict[int, float | None]:

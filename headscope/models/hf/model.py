@@ -28,6 +28,7 @@ from headscope.models.hf.layout import (
     image_arguments,
     tiny_batch,
     tiny_tokens,
+    unrolled,
 )
 from headscope.models.hf.measured import (
     LogitMap,
@@ -119,7 +120,9 @@ def _of_images(family: str) -> dict[str, str]:
 class HFModel(Tapped, Shown, checks=False):
     """A ``PreTrainedModel`` whose attention goes through transformers' attention registry.
 
-    The module is used as it is: nothing of it is changed between passes.
+    The module is used as it is: nothing of it is changed between passes. Of a model that runs
+    the same layers again and again (albert), ``module`` is a copy with a layer for every run, which
+    shares the parameters.
 
     Raises:
         UnsupportedModelError: from :meth:`wrap`, where the family cannot be taken apart.
@@ -156,10 +159,17 @@ class HFModel(Tapped, Shown, checks=False):
         self._bridge: tuple[tuple[tuple[str, int], ...], Any] | None = None
 
     @classmethod
-    def wrap(cls, module: Any, **facts: Any) -> "HFModel | None":
-        """Wrap a model; None if its attention does not go through the registry."""
+    def wrap(cls, module: Any, *, own_code: bool = False, **facts: Any) -> "HFModel | None":
+        """Wrap a model; None if its attention cannot be routed.
+
+        Args:
+            module: a transformers model.
+            own_code: its attention does not go through the registry; look into its own code.
+            facts: see :meth:`__init__`.
+        """
         register()
-        layout = find_layout(module)
+        module = unrolled(module)
+        layout = find_layout(module, own_code)
         return None if layout is None else cls(module, layout, **facts)
 
     def glance(self) -> Glance:
@@ -262,12 +272,14 @@ class HFModel(Tapped, Shown, checks=False):
         )
 
     def output_weights(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
-        """``W_O`` as it reaches the residual stream, the family's multiplier included."""
+        """``W_O`` as it reaches the residual stream, multiplier and layer scale included."""
         parts = self.layout.layers[layer]
         weight = projection_matrix(parts.projection, self.shape.n_heads * self.shape.d_head)
         by_head = weight.reshape(-1, self.shape.d_head, weight.shape[-1])
         kept = heads_left(parts.projection)
         whole = by_head if kept is None else kept.spread(by_head, 0)
+        channels = self.layout.channel_scale(layer)
+        whole = whole if channels is None else whole * channels.to(whole.device)
         return whole * (1.0 if parts.write_scale is None else parts.write_scale)
 
     @property

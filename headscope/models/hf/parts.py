@@ -34,6 +34,7 @@ from headscope.models.hf.weights import (
     read_weights,
 )
 from headscope.models.proof import gap, rounding
+from headscope.models.protocol import AttentionWrite
 from headscope.models.rotary import POSITIONS, find_rotation, turns
 from headscope.models.running import accepted, at_hand, pass_over
 from headscope.models.taps import Texts
@@ -519,6 +520,14 @@ class HFParts(MeasuredParts):
             raise UnsupportedModelError(f"{self.model.name} has no attention in layer {layer}.")
         projection: nn.Module = self.model.layout.layers[layer].projection
         return projection
+
+    def attention_write(self, layer: int) -> AttentionWrite:
+        """How head outputs of one layer reach the residual stream, with the weights of now."""
+        channels = self.model.layout.channel_scale(layer)
+        if channels is None:
+            return super().attention_write(layer)
+        bias = self.projection_bias(layer).float()
+        return AttentionWrite(bias * channels.to(bias.device).float(), None)
 
     def projection_bias(self, layer: int) -> Float[Tensor, " d_model"]:
         """Bias of that projection; zeros where it has none."""

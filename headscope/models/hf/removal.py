@@ -21,7 +21,7 @@ from headscope.edits import zero
 from headscope.errors import ModelLoadError, UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.models.hf.hooks import Call, after, hooked
-from headscope.models.hf.layout import arguments, body_of, tiny_batch
+from headscope.models.hf.layout import arguments, body_of, shares_layers, tiny_batch
 from headscope.models.hf.removed import Kept, LayerConfig, NoHeads, RepeatingLinear, reading_kept
 from headscope.models.hf.weights import Owner, find_owners
 from headscope.models.running import pass_over
@@ -192,6 +192,11 @@ def pruned(model: "HFModel", heads: Iterable[HeadIndex]) -> Any:
     if is_pruned(model.module.config):
         raise UnsupportedModelError(
             f"{name} was pruned already: prune the model that it came from, by all heads at once."
+        )
+    if shares_layers(model.layout):
+        raise UnsupportedModelError(
+            f"{name} ({family}) cannot be pruned: its layers share one set of weights, so a head "
+            "cannot be removed from one of them alone. Ablate its heads instead."
         )
     owners = find_owners(model)
     _refuse_other_matrices(model, owners)

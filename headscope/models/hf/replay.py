@@ -127,7 +127,11 @@ def fitted(value: Any, recording: Recording, copies: int, first: int) -> Any:
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
     if (facts := mask_facts(value)) is not None:  # it speaks of keys, and says so itself
-        return with_facts(repeated_batch(value, copies), facts)
+        if facts.keys is None:
+            return with_facts(repeated_batch(value, copies), facts)
+        keys = repeated_batch(facts.keys, copies)
+        stacked = repeated_batch(value, copies) if value.shape[0] == recording.batch else value
+        return with_facts(stacked, replace(facts, keys=keys))
     if value.ndim == 1:
         return value[first:] if len(value) == recording.length else value
     if value.shape[1] == recording.length and not recording.is_padding_mask(value):

@@ -34,6 +34,9 @@ OTHER_LAYERS = frozenset(
     }
 )
 
+# Attribute of albert's encoder: groups of layers, each of which it runs several times in a pass.
+SHARED_GROUPS = "albert_layer_groups"
+
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -50,16 +53,32 @@ def takes_attention_functions(model: Any) -> bool:
     return bool(model._can_set_attn_implementation())
 
 
+class Switch:
+    """Modules that look up no attention function; stands among the configs of a model.
+
+    Attributes:
+        named: the attention function that they are to call; None: they run as they are.
+    """
+
+    named: str | None = None
+
+    def set_to(self, name: str | None) -> None:
+        """Make the modules call another attention function from now on."""
+        self.named = name
+
+
 def attention_name(config: Any) -> str | None:
     """Name of the attention function that models with this config call."""
-    name: str | None = config._attn_implementation
+    name: str | None = config.named if isinstance(config, Switch) else config._attn_implementation
     return name
 
 
 def set_attention_name(config: Any, name: str | None) -> None:
     """Make models with this config call another attention function from now on."""
-    # As a dict, so that configs inside this one keep their own.
-    config._attn_implementation = {"": name}
+    if isinstance(config, Switch):
+        config.set_to(name)
+    else:  # as a dict, so that configs inside this one keep their own
+        config._attn_implementation = {"": name}
 
 
 def names_attention(config: Any) -> bool:
@@ -230,6 +249,16 @@ def moved() -> list[str]:
     want(
         all(hasattr(one, ATTENTION_METHOD) for one in (GPTNeoSelfAttention, GPTJAttention)),
         f"{ATTENTION_METHOD} of gpt_neo and gptj is gone: it was the whole of their attention",
+    )
+    from transformers.models.albert.modeling_albert import AlbertTransformer
+
+    one = transformers.AlbertConfig(
+        hidden_size=8, intermediate_size=8, num_attention_heads=1, num_hidden_layers=2
+    )
+    groups = list(getattr(AlbertTransformer(one), SHARED_GROUPS, []))
+    want(
+        [len(getattr(group, "albert_layers", ())) for group in groups] == [1],
+        f"{SHARED_GROUPS} of albert is gone: it held the layers that are run several times",
     )
     config = transformers.LlamaConfig(
         vocab_size=8,
