@@ -7,9 +7,9 @@
 
 Groups are those of :mod:`tools.tiny_models`: causal language models, masked ones, models of images,
 encoder-decoders of text and of speech, models of texts with images. Every class is built tiny and
-held against itself by ``hs.testing.check_model``. A family is *supported* if every check passed, *limited* if some do not
-apply and the reason is said, *refused* if it is not loaded and the reason is said; anything else is
-*wrong*, and the tests fail.
+held against itself by ``hs.testing.check_model``. A family is *supported* if every check passed,
+*limited* if some do not apply and the reason is said, *refused* if it is not loaded and the reason
+is said; anything else is *wrong*, and the tests fail.
 """
 
 import argparse

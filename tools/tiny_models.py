@@ -227,6 +227,7 @@ _TURNING = (
     *("glm_ocr_text", "glm46v_text", "glmga_text", "paddleocr_vl_text"),
 )
 _TURNS = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+_TURNS |= {"partial_rotary_factor": 1.0}
 # Pictures of 4 x 4 patches, of which four become one token where a family merges them.
 _PICTURES: Mapping[str, Any] = {
     **{"image_size": 16, "patch_size": 4, "num_channels": 3, "in_channels": 3, "in_chans": 3},

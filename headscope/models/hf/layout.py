@@ -125,7 +125,7 @@ def find_layout(model: Any, own_code: bool = False) -> Layout | None:
         if any(isinstance(module, NoHeads) for module in model.modules()):
             raise UnsupportedModelError("all its heads were pruned: there is nothing to see.")
         return None
-    _refuse_biases([call for _, call in watch.calls])
+    _refuse_biases([call for _, call in watch.calls], own_code)
     names = {module: name for name, module in model.named_modules()}
     blocks, numbers = number_layers(model, [module for module, _ in watch.calls], names, watch.uses)
     choose_projections(watch, names)
@@ -138,11 +138,11 @@ def find_layout(model: Any, own_code: bool = False) -> Layout | None:
         given = given if module in watch.projections else None
         whole = given if given is not None and given.shape[-1] == width else None
         in_order = whole is not None and whole.shape[:-1] == (TINY[0], watch.calls[0][1].n_queries)
-        if not in_order and any(weight.ndim == 3 for weight in module.parameters()):
+        if not in_order and _is_routed(module):
             raise UnsupportedModelError(
                 "its heads are routed (a mixture of attention heads): which query and output "
-                "matrices a head uses differs from token to token, so what reads its outputs is not "
-                "a matrix, and a head is not a fixed part of the model."
+                "matrices a head uses differs from token to token, so what reads its outputs is "
+                "not a matrix, and a head is not a fixed part of the model."
             )
         if whole is None:
             return None
@@ -182,6 +182,12 @@ def find_layout(model: Any, own_code: bool = False) -> Layout | None:
         unembedding=head,
         grid=None if tiny.sequence == TEXT else _grid(model, blocks[numbers[0]], shape),
     )
+
+
+def _is_routed(attention: nn.Module) -> bool:
+    """Whether a matrix of attention is chosen among several: one weight holds them all."""
+    parts = (one for one in attention.modules() if not isinstance(one, nn.Conv1d))
+    return any(weight.ndim == 3 for one in parts for weight in one.parameters(recurse=False))
 
 
 def _own_code(model: Any, tiny: Batch) -> tuple[OwnCode, ...]:
@@ -638,8 +644,8 @@ def number_layers(
 _HIDES = -1e4
 
 
-def _refuse_biases(calls: list[AttentionCall]) -> None:
-    """Refuse a bias that hides keys, or that depends on the text and not on positions alone.
+def _refuse_biases(calls: list[AttentionCall], own_code: bool) -> None:
+    """Refuse a bias that hides keys, or, in code of a family's own, that depends on the text.
 
     Raises:
         UnsupportedModelError: where it does.
@@ -649,7 +655,7 @@ def _refuse_biases(calls: list[AttentionCall]) -> None:
             raise UnsupportedModelError(
                 "it builds an attention mask of its own, in what it adds to its scores."
             )
-        if not bool((bias == bias[:1]).all()):
+        if own_code and not bool((bias == bias[:1]).all()):
             raise UnsupportedModelError(
                 "what it adds to its scores depends on the text and not on positions alone (as "
                 "disentangled attention does), so no product of queries and keys gives its rows."
