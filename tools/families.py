@@ -27,8 +27,9 @@ from typing import Any, Literal
 import torch
 
 import headscope as hs
+from headscope.models.hf.transformers_api import attention_named
 from headscope.testing import check_model
-from tools.tiny_models import GROUPS, image_inputs, kinds, tiny_model
+from tools.tiny_models import GROUPS, SEEDS, image_inputs, kinds, tiny_model
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 Verdict = Literal["supported", "limited", "refused", "not built", "wrong"]
@@ -59,7 +60,7 @@ class Family:
 def examine(kind: str, group: str = "causal") -> Family:
     """Build a tiny model of a type, load it, and check it."""
     try:
-        model = tiny_model(kind, group=group)
+        model = tiny_model(kind, SEEDS.get(kind, 0), group)
     except Exception as error:  # a class may need packages, another model, or be broken
         return Family(kind, "", "not built", "", {"": _short(error)})
     name = type(model).__name__
@@ -101,6 +102,8 @@ def _without_images(model: Any) -> dict[str, str]:
 def _with_images(module: Any, model: Any) -> str:
     """Hold rows and logits of texts with images against the model's own eager attention.
 
+    The image tower runs as it is, since its rounding grows through layers of random weights.
+
     Raises:
         ValueError: if they differ.
     """
@@ -109,10 +112,8 @@ def _with_images(module: Any, model: Any) -> str:
         return "not tried"
     probe = hs.probes.from_batch(inputs)
     acts, logits = hs.capture.collect(model, probe), model.run(probe)
-    before = module.config._attn_implementation
-    module.set_attn_implementation("eager")
-    own = module(**inputs, use_cache=False, output_attentions=True)
-    module.set_attn_implementation(before)
+    with attention_named(model.layout.configs, "eager"):
+        own = module(**inputs, use_cache=False, output_attentions=True)
     patterns = [one for one in own.attentions or () if isinstance(one, torch.Tensor)]
     rows = [acts[layer].pattern for layer in model.shape.attention_layers]
     if len(patterns) != len(rows):

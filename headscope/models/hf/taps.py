@@ -350,13 +350,14 @@ class Tapped(ABC):
         *,
         reads: Mapping[Any, Read] = _NOTHING,
         writes: Mapping[Any, Write] = _NOTHING,
+        logits_at: Int[Tensor, " at"] | None = None,
     ) -> Float[Tensor, "batch at width"] | None:
         """What the model itself says in a run: its last hidden states where it gives no logits."""
         texts = Texts.of(batch)
         run = Pass(
             self, *self.taps(reads, writes), self._span(texts, None), None, inputs=texts.inputs
         )
-        return self._logits_of(run, texts, None)
+        return self._logits_of(run, texts, logits_at)
 
     def _span(self, texts: Texts, prompt: int | None) -> Span:
         """All positions of the texts."""
