@@ -315,9 +315,9 @@ def _path(model: nn.Module, part: nn.Module) -> str:
 
 
 def shares_layers(layout: Layout) -> bool:
-    """Whether layers share parameters."""
-    firsts = [next(block.parameters(), None) for block in layout.blocks]
-    return len({id(one) for one in firsts}) < len(firsts)
+    """Whether some layers have the same parameters and no others."""
+    held = [frozenset(id(one) for one in block.parameters()) for block in layout.blocks]
+    return len(set(held)) < len(held)
 
 
 def _refuse_windows(watch: Watch, tiny: Batch) -> None:
