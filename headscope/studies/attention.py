@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from scipy.special import stdtrit
 
 from headscope import metrics
 from headscope.capture import collect
@@ -23,6 +24,7 @@ from headscope.retrieval import token_losses
 from headscope.scorers import relation
 from headscope.scoring.score import score
 from headscope.studies.study import (
+    LEVEL,
     MATTERS,
     RIGHT,
     Claim,
@@ -36,6 +38,7 @@ from headscope.studies.study import (
     metric_of,
     need_skill,
     needles,
+    over_heads,
     paired,
     pattern,
     prose,
@@ -140,14 +143,17 @@ def _k_composition(model: HeadModel, setting: StudySetting) -> Evidence:
     others = others[np.isfinite(others)]
     if others.size < 3:
         raise UnsupportedModelError(f"only {others.size} other heads are below {later}.")
-    value, mean, spread = float(into[before.layer, before.head]), others.mean(), others.std(ddof=1)
+    value, mean = float(into[before.layer, before.head]), float(others.mean())
+    # Where another head would lie, if the others are a sample of a normal distribution.
+    reach = float(stdtrit(others.size - 1, 0.5 + LEVEL / 2)) * math.sqrt(1 + 1 / others.size)
+    spread = reach * float(others.std(ddof=1))
     return Evidence(
         value,
-        float(mean),
-        float(value - mean - 2 * spread),
-        float(value - mean + 2 * spread),
+        mean,
+        value - mean - spread,
+        value - mean + spread,
         int(others.size),
-        f"{before} into {later}; interval of two standard deviations of the other heads",
+        f"{before} into {later}; interval in which 99 % of other heads would lie",
         {"composition": scores},
     )
 
@@ -186,14 +192,24 @@ def _sink(model: HeadModel, setting: StudySetting) -> Evidence:
     length = min(setting.size(64, 32), (model.shape.n_ctx or 64) - 2)
     probe = random_tokens(model, length=length, batch=setting.size(24, 12), seed=setting.seed + 1)
     scores = score(model, probe, ["first_token"], progress=False)["first_token"]
-    flat = scores.per_example.reshape(-1, scores.per_example.shape[-1])
-    values = np.nanmean(flat[~np.isnan(flat).all(1)], axis=0)
     places = np.arange(1, probe.tokens.shape[1])
-    return paired(
-        values,
-        np.full(values.shape, float((1.0 / (places + 1)).mean())),
+    return over_heads(
+        scores.per_example,
+        np.full(len(probe), float((1.0 / (places + 1)).mean())),
         note="mean over all heads, random tokens",
         results={"first_token": scores},
+    )
+
+
+def _separated(model: HeadModel, setting: StudySetting) -> Evidence:
+    probe = prose(model, setting, seed=setting.seed + 1)
+    scores = score(model, probe, ["separator"], progress=False)["separator"]
+    shares = probe.mark("separator").sum(1) / probe.real.sum(1)
+    return over_heads(
+        scores.per_example,
+        shares.double().numpy(),
+        note="mean over all heads",
+        results={"separator": scores},
     )
 
 
@@ -227,10 +243,10 @@ SURFACE = Study(
     (
         Claim(
             "separator",
-            "A head puts much of its attention on separators.",
-            "attention to separators of the best head, chosen on other texts",
-            "mean of all other heads",
-            partial(_best_on_prose, "separator"),
+            "Heads put much more of their attention on separators than their share of the text.",
+            "attention to separators, mean over all heads",
+            "even attention over all tokens of the text",
+            _separated,
             MATTERS,
             "attention",
         ),

@@ -38,6 +38,7 @@ from headscope.studies.study import (
     Evidence,
     Study,
     StudySetting,
+    above_draws,
     against_random_sets,
     control_mean,
     control_of,
@@ -46,6 +47,7 @@ from headscope.studies.study import (
     paired,
     rank_correlation,
     skilled,
+    unpaired,
 )
 from headscope.table import HeadScores
 from headscope.table.edges import EdgeGraph
@@ -71,7 +73,7 @@ def _made_up(model: HeadModel, setting: StudySetting) -> Evidence:
         raise UnsupportedModelError("no head below its last layer raises the answer's logit.")
     head = below[0]
     gives = head_attribution(model, second, "foil").per_example[head.layer, head.head]
-    if not paired(gives, np.zeros_like(gives)).low > 0:
+    if not paired(gives, np.zeros_like(gives), clusters=second.cluster_labels).low > 0:
         raise UnsupportedModelError(
             f"no head raises the answer's logit directly (best: {head}, "
             f"{float(np.nanmean(gives)):.2f} logits on other prompts)."
@@ -79,7 +81,14 @@ def _made_up(model: HeadModel, setting: StudySetting) -> Evidence:
         )
     zeroed = ablate_heads(model, second, _DIFFERENCE, "zero", heads=[head], progress=False)
     lost = -zeroed.per_example[head.layer, head.head]
-    return paired(lost, gives, note=str(head), results={"direct": direct}, less=True)
+    return paired(
+        lost,
+        gives,
+        note=str(head),
+        results={"direct": direct},
+        less=True,
+        clusters=second.cluster_labels,
+    )
 
 
 SELF_REPAIR = Study(
@@ -117,8 +126,9 @@ def _contextual(model: HeadModel, setting: StudySetting, number: int) -> HeadSco
 def _decomposed(model: HeadModel, setting: StudySetting) -> Evidence:
     scores = _contextual(model, setting, 1)
     return rank_correlation(
-        scores.mean.ravel(),
         _exact(model, setting).mean.ravel(),
+        scores.mean.ravel(),
+        by_text=scores.per_example,
         note="all heads",
         results={"contextual decomposition": scores},
     )
@@ -184,8 +194,8 @@ def _circuit(model: HeadModel, setting: StudySetting) -> Evidence:
         progress=False,
     )
     random = np.asarray(curve.random)[:, -1]
-    return paired(
-        np.full(random.shape, float(curve.faithfulness[-1])),
+    return above_draws(
+        float(curve.faithfulness[-1]),
         random,
         note=f"{int(curve.counts[-1])} edges; n counts draws of random edges",
         results={"faithfulness": curve},
@@ -347,7 +357,7 @@ _FIRES, _LEAST_PAIRS, _SHARE = 0.5, 8, 0.7
 
 
 def _sparse(model: HeadModel, setting: StudySetting) -> Evidence:
-    kept, own = [], []
+    kept, own, heads = [], [], []
     recorded: dict[tuple[int, ...], PromptRecording] = {}
     for tokens, head, query, key in _fired(model, setting):
         if tuple(tokens) not in recorded:
@@ -357,6 +367,7 @@ def _sparse(model: HeadModel, setting: StudySetting) -> Evidence:
         if parts.score <= 0:
             continue
         kept.append(len(parts.kept) / model.shape.d_head)
+        heads.append(head.layer * model.shape.n_heads + head.head)
         values = [
             head_values(model, torch.tensor([tokens]), site=site, layers=[head.layer])[head.layer][
                 0
@@ -366,7 +377,13 @@ def _sparse(model: HeadModel, setting: StudySetting) -> Evidence:
         kv = head.head // (values[0].shape[0] // values[1].shape[0])
         products = values[0][head.head, query].double() * values[1][kv, key].double()
         own.append(_kept(products.numpy()) / model.shape.d_head)
-    return paired(np.array(kept), np.array(own), note="pairs with half of the attention", less=True)
+    return paired(
+        np.array(kept),
+        np.array(own),
+        note="pairs with half of the attention; n counts heads",
+        less=True,
+        clusters=heads,
+    )
 
 
 def _kept(products: Float[np.ndarray, " dimension"]) -> int:
@@ -661,8 +678,18 @@ SOFT_INJECTION = Study(
 )
 
 _NOUNS = ("boy", "girl", "man", "woman", "teacher", "farmer", "king", "queen", "doctor", "sister")
-_PLEASANT = ("happy", "kind", "clever", "rich", "brave", "gentle", "lucky", "proud")
-_UNPLEASANT = ("sad", "angry", "poor", "tired", "lonely", "cruel", "sick", "afraid")
+_PLEASANT = (
+    "happy", "kind", "clever", "rich", "brave", "gentle", "lucky", "proud", "calm", "glad",
+    "loved", "safe",
+)  # fmt: skip
+_UNPLEASANT = (
+    "sad", "angry", "poor", "tired", "lonely", "cruel", "sick", "afraid", "hurt", "bitter",
+    "ugly", "guilty",
+)  # fmt: skip
+
+
+def _single_nouns(model: HeadModel) -> list[str]:
+    return [one for one in _NOUNS if _single(model, (one,))]
 
 
 def _feelings(model: HeadModel, seed: int) -> list[Probe]:
@@ -670,7 +697,7 @@ def _feelings(model: HeadModel, seed: int) -> list[Probe]:
     if model.tokenizer is None:
         raise UnsupportedModelError("it has no tokenizer, and this study needs words.")
     sets = [[one for one in words if _single(model, (one,))] for words in (_PLEASANT, _UNPLEASANT)]
-    nouns = [one for one in _NOUNS if _single(model, (one,))]
+    nouns = _single_nouns(model)
     least = min(len(sets[0]), len(sets[1]))
     if least < 4 or len(nouns) < 2:
         raise UnsupportedModelError(
@@ -703,7 +730,9 @@ def _told_apart(model: HeadModel, setting: StudySetting) -> Evidence:
         for one in (fine, foul)
     ]
     spread = float(np.concatenate([one - one.mean() for one in projected]).std()) or 1.0
-    return paired(projected[0] / spread, projected[1] / spread, note=f"{head}; held-out words")
+    nouns = min(4, len(_single_nouns(model)))
+    by_word = [one.reshape(-1, nouns).mean(1) / spread for one in projected]
+    return unpaired(*by_word, note=f"{head}; held-out words, n counts words")
 
 
 def _at_end(probe: Probe) -> Probe:

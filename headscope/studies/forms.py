@@ -49,8 +49,10 @@ from headscope.studies.study import (
     control_mean,
     control_of,
     metric_of,
+    nanmean,
     paired,
     skilled,
+    unpaired,
 )
 from headscope.table import HeadScores
 from headscope.vision import (
@@ -271,15 +273,14 @@ def _neighbours(model: HeadModel, setting: StudySetting) -> Evidence:
 def _widening(model: HeadModel, setting: StudySetting) -> Evidence:
     scores = _of_images("patch_neighbours", model, setting)
     half = scores.per_example.shape[0] // 2
-    values = scores.per_example.reshape(
-        scores.per_example.shape[0], -1, scores.per_example.shape[-1]
-    )
     if not half:
         raise UnsupportedModelError("it has a single layer.")
-    return paired(
-        np.nanmean(values[-half:], (0, 1)),
-        np.nanmean(values[:half], (0, 1)),
-        note="upper half against lower half",
+    mean = nanmean(scores.per_example, -1)
+    return unpaired(
+        mean[-half:].ravel(),
+        mean[:half].ravel(),
+        note="deeper half against lower half; n counts heads",
+        results={"patch_neighbours": scores},
         less=True,
     )
 

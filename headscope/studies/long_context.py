@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 
 from headscope import metrics
 from headscope.errors import UnsupportedModelError
@@ -20,26 +21,32 @@ from headscope.retrieval import (
 from headscope.scorers import streaming_gap
 from headscope.scoring.score import score
 from headscope.studies.study import (
+    LEVEL,
     MATTERS,
     Claim,
     Evidence,
     Study,
     StudySetting,
     answers,
+    beyond_sets,
     control_mean,
     control_of,
     fetching,
     metric_of,
+    nanmean,
     needles,
+    over_heads,
     paired,
     prose,
     random_heads,
     rank_correlation,
     retrieval_heads,
     role,
+    unpaired,
 )
 from headscope.table import HeadScores, HeadTable
 
+_SETS = 3  # of random other heads, where each takes decoding or as many passes
 _FEW = 0.1  # share of the heads: Wu et al. 2024 find fewer than 5 % on models with many more
 
 
@@ -62,9 +69,19 @@ def _few(model: HeadModel, setting: StudySetting) -> Evidence:
     retrieval_heads(model, setting)
     probe = needles(model, setting, setting.seed + 1)
     scores = score(model, probe, ["retrieval_first_token"], progress=False)
-    values = scores["retrieval_first_token"].mean.ravel()
-    flags = np.where(np.isnan(values), np.nan, values > MATTERS)
-    return paired(flags, np.full(flags.shape, _FEW), note="all heads", less=True)
+    by_text = scores["retrieval_first_token"].per_example
+    value, texts = _share_above(by_text), by_text.shape[-1]
+    rng = np.random.default_rng(setting.seed)
+    drawn = [_share_above(by_text[..., rng.integers(0, texts, texts)]) for _ in range(500)]
+    high, low = np.quantile(drawn, [0.5 + LEVEL / 2, 0.5 - LEVEL / 2])
+    note = "all heads; interval of texts drawn again"
+    return Evidence(value, _FEW, _FEW - float(high), _FEW - float(low), texts, note)
+
+
+def _share_above(by_text: Float[np.ndarray, "layer head text"]) -> float:
+    """Share of heads whose mean over texts is above a tenth."""
+    mean = nanmean(by_text, -1)
+    return float((mean[~np.isnan(mean)] > MATTERS).mean())
 
 
 def _masking(model: HeadModel, setting: StudySetting) -> Evidence:
@@ -86,9 +103,9 @@ def _masking(model: HeadModel, setting: StudySetting) -> Evidence:
     arms, right = curve.effects.labels[0], curve.effects.per_example[:, -1]
     controls = [arms.index(one) for one in curve.controls]
     chosen = next(index for index in range(len(arms)) if index not in controls)
-    return paired(
+    return beyond_sets(
         right[chosen],
-        right[controls].mean(0),
+        right[controls],
         note=f"{', '.join(map(str, heads))} masked",
         results={"masking": curve},
         less=True,
@@ -146,7 +163,7 @@ def _hops(model: HeadModel, setting: StudySetting, seed: int) -> Probe:
 def _harder(model: HeadModel, setting: StudySetting) -> Evidence:
     single = answers(model, setting, setting.seed + 1)
     chain = metric_of(model, _hops(model, setting, setting.seed + 1), metrics.answer_probability)
-    return paired(chain, single, note="a chain of two facts against a single needle", less=True)
+    return unpaired(chain, single, note="a chain of two facts against a single needle", less=True)
 
 
 def _threaded(model: HeadModel, setting: StudySetting) -> Evidence:
@@ -202,13 +219,9 @@ def _needs(model: HeadModel, setting: StudySetting) -> HeadTable:
 
 def _mostly_local(model: HeadModel, setting: StudySetting) -> Evidence:
     exact = _needs(model, setting)["long_need"]
-    values = exact.mean.ravel()
-    return paired(
-        values,
-        np.full(values.shape, 0.5),
-        note="all heads",
-        results={"long_need": exact},
-        less=True,
+    values = exact.per_example
+    return over_heads(
+        values, np.full(values.shape[-1], 0.5), results={"long_need": exact}, less=True
     )
 
 
@@ -218,6 +231,7 @@ def _foretold(model: HeadModel, setting: StudySetting) -> Evidence:
     return rank_correlation(
         table["long_need"].mean.ravel(),
         guess.mean.ravel(),
+        by_text=guess.per_example,
         note="all heads",
         results={"long_need_predicted": guess},
     )
@@ -265,14 +279,10 @@ def _streaming(model: HeadModel, setting: StudySetting) -> HeadScores:
 
 def _mostly_streaming(model: HeadModel, setting: StudySetting) -> Evidence:
     gaps = _streaming(model, setting)
-    values = gaps.mean.ravel()
+    values = gaps.per_example
     flags = np.where(np.isnan(values), np.nan, values > MATTERS)
-    return paired(
-        flags,
-        np.full(flags.shape, 0.5),
-        note="all heads",
-        results={"streaming_gap": gaps},
-        less=True,
+    return over_heads(
+        flags, np.full(flags.shape[-1], 0.5), results={"streaming_gap": gaps}, less=True
     )
 
 
@@ -347,10 +357,8 @@ def _slowness(model: HeadModel, setting: StudySetting) -> HeadScores:
 
 def _slow_planes(model: HeadModel, setting: StudySetting) -> Evidence:
     scores = _slowness(model, setting)
-    values = scores.mean.ravel()
-    return paired(
-        values, np.zeros_like(values), note="all heads", results={"rotary_slowness": scores}
-    )
+    values = scores.per_example
+    return over_heads(values, np.zeros(values.shape[-1]), results={"rotary_slowness": scores})
 
 
 def _positional_is_fast(model: HeadModel, setting: StudySetting) -> Evidence:
@@ -420,7 +428,7 @@ def _influential(model: HeadModel, setting: StudySetting) -> Evidence:
     heads = retrieval_heads(model, setting)
     sets = [heads, *random_heads(model, heads, 3, setting.seed)]
     found = _rise(model, _documents(model, setting, twice=True), sets)
-    return paired(found[0], found[1:].mean(0), note=f"{', '.join(map(str, heads))}")
+    return beyond_sets(found[0], found[1:], note=f"{', '.join(map(str, heads))}")
 
 
 def _ranks(model: HeadModel, setting: StudySetting) -> Evidence:
@@ -464,17 +472,17 @@ INFLUENCE = Study(
 
 def _contrasted(model: HeadModel, setting: StudySetting) -> Evidence:
     heads = retrieval_heads(model, setting)
-    other = random_heads(model, heads, 1, setting.seed)[0]
+    sets = [heads, *random_heads(model, heads, _SETS, setting.seed)]
     probe = setting.share(
         ("contradictions",),
         lambda: contradictions(
             model, examples=setting.size(24, 8), length=96, seed=setting.seed + 1
         ),
     )
-    margins = [
-        faithfulness(model, probe, one, alphas=["entropy"]).margin[-1] for one in (heads, other)
-    ]
-    return paired(margins[0], margins[1], note=f"{', '.join(map(str, heads))} contrasted")
+    margins = [faithfulness(model, probe, one, alphas=["entropy"]).margin[-1] for one in sets]
+    return beyond_sets(
+        margins[0], np.stack(margins[1:]), note=f"{', '.join(map(str, heads))} contrasted"
+    )
 
 
 def _masked_margin(model: HeadModel, setting: StudySetting) -> Evidence:
@@ -484,13 +492,11 @@ def _masked_margin(model: HeadModel, setting: StudySetting) -> Evidence:
         ("contradictions",),
         lambda: contradictions(model, examples=examples, length=96, seed=setting.seed + 1),
     )
-    sets = [heads, *random_heads(model, heads, 1, setting.seed)]
+    sets = [heads, *random_heads(model, heads, _SETS, setting.seed)]
     found = [faithfulness(model, probe, one, alphas=[]).margin for one in sets]
-    return paired(
-        found[0][1] - found[0][0],
-        found[1][1] - found[1][0],
-        note=f"{', '.join(map(str, heads))} masked",
-        less=True,
+    changes = np.stack([one[1] - one[0] for one in found])
+    return beyond_sets(
+        changes[0], changes[1:], note=f"{', '.join(map(str, heads))} masked", less=True
     )
 
 

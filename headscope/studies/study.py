@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from math import isfinite
@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.special import stdtrit
 from scipy.stats import norm, spearmanr, ttest_ind
 
 from headscope import metrics
@@ -143,6 +144,7 @@ def paired(
     note: str = "",
     results: Mapping[str, object] | None = None,
     less: bool = False,
+    clusters: Sequence[int] | None = None,
 ) -> Evidence:
     """Build evidence from values and controls on the same examples.
 
@@ -152,6 +154,8 @@ def paired(
         note: short description of the heads or sets that were measured.
         results: results to plot on the study's page, by name.
         less: the claim is that the values are lower than the control.
+        clusters: label per example; examples with the same label (a template, a document, a word)
+            count as one observation.
 
     Returns:
         Means of values and control, with a 99 % interval of the mean difference, the level at which
@@ -169,9 +173,11 @@ def paired(
     difference = (values - control)[known]
     if difference.size < 2:
         return Evidence(np.nan, np.nan, np.nan, np.nan, int(difference.size), note, results or {})
-    exact = _exact(values[known], control[known])
+    labels = None if clusters is None else tuple(np.asarray(clusters)[known].tolist())
+    single = labels is None or len(set(labels)) == len(labels)
+    exact = _exact(values[known], control[known]) if single else None
     if exact is None:
-        ends = mean_interval(difference[None], LEVEL)
+        ends = mean_interval(difference[None], LEVEL, labels)
         exact = float(ends[0][0]), float(ends[1][0])
     low, high = (-exact[1], -exact[0]) if less else exact
     return Evidence(
@@ -179,10 +185,54 @@ def paired(
         float(control[known].mean()),
         low,
         high,
-        int(difference.size),
+        int(difference.size) if labels is None else len(set(labels)),
         note,
         results or {},
     )
+
+
+def over_heads(
+    values: Float[np.ndarray, "*heads example"],
+    control: Float[np.ndarray, " example"],
+    *,
+    note: str = "all heads",
+    results: Mapping[str, object] | None = None,
+    less: bool = False,
+) -> Evidence:
+    """Build evidence of a mean over all heads, with the wider of two intervals.
+
+    Over examples alone, a few heads that differ by chance would count on every example; over heads
+    alone, examples would count once for each head. ``n`` counts examples.
+
+    Args:
+        values: one value per head and example; NaN is missing.
+        control: baseline value per example.
+        note: short description of the heads.
+        results: results to plot on the study's page, by name.
+        less: the claim is that the values are lower than the control.
+    """
+    flat = values.reshape(-1, values.shape[-1])
+    flat = flat[~np.isnan(flat).all(1)]
+    if not len(flat):
+        raise UnsupportedModelError("no head has a value.")
+    examples = paired(nanmean(flat, 0), control, note=note, results=results, less=less)
+    mean = nanmean(flat, 1)
+    heads = paired(mean, np.full(mean.shape, float(np.nanmean(control))), less=less)
+    return _wider(examples, heads.low, heads.high)
+
+
+def _wider(found: Evidence, low: float, high: float) -> Evidence:
+    """The same evidence with the union of its interval and another one; NaN if either is."""
+    return replace(
+        found, low=float(np.minimum(found.low, low)), high=float(np.maximum(found.high, high))
+    )
+
+
+def nanmean(values: Float[np.ndarray, "*any"], axis: int) -> Float[np.ndarray, "*rest"]:
+    """Mean without NaN; NaN, without a warning, where nothing else is there."""
+    count = (~np.isnan(values)).sum(axis)
+    found: Float[np.ndarray, "*rest"] = np.nansum(values, axis) / np.where(count, count, np.nan)
+    return found
 
 
 def _exact(
@@ -468,7 +518,8 @@ def _told(one: Answer) -> str:
 
 
 MATTERS = 0.1  # of an attention score or a share: less does not count as a role
-_RANDOM_SETS = 5
+# Random sets: more in small models, where most sets hold a head of the same circuit.
+_FEW_SETS, _MANY_SETS, _SMALL = 10, 40, 100
 _ANSWERED = 0.2  # probability of the needle's answer; below this the model does not find it
 RIGHT = 0.8  # share of 32 prompts; guessing gives 0.5, and above 0.8 once in 5,000
 _LEAST_HEADS = 8  # of a rank correlation
@@ -582,25 +633,47 @@ def rank_correlation(
     first: Float[np.ndarray, " head"],
     second: Float[np.ndarray, " head"],
     *,
+    of: str = "heads",
+    by_text: Float[np.ndarray, "*heads text"] | None = None,
     note: str = "",
     results: Mapping[str, object] | None = None,
 ) -> Evidence:
     """Spearman's rank correlation over heads, with its interval, against zero.
 
     The interval uses Fisher's transform with the variance of Bonett and Wright 2000, and treats
-    heads as independent.
+    heads as independent. It is widened to that over texts, of 500 bootstrap draws, where one of the
+    two scores is known by text.
+
+    Args:
+        first: one number per head.
+        second: another one, in the same order.
+        of: what is ranked, for messages.
+        by_text: values by text whose mean over texts is ``second``.
+        note: short description of the heads.
+        results: results to plot on the study's page, by name.
     """
     known = np.isfinite(first) & np.isfinite(second)
     count = int(known.sum())
     if count < _LEAST_HEADS:
-        raise UnsupportedModelError(f"{count} heads are too few for a rank correlation.")
+        raise UnsupportedModelError(f"{count} {of} are too few for a rank correlation.")
     found = float(spearmanr(first[known], second[known]).statistic)
     if not math.isfinite(found):
-        raise UnsupportedModelError("all heads have the same score.")
+        raise UnsupportedModelError(f"all {of} have the same score.")
     half = float(norm.ppf(0.5 + LEVEL / 2)) * math.sqrt((1 + found**2 / 2) / (count - 3))
     centre = math.atanh(min(max(found, -0.999999), 0.999999))
     low, high = math.tanh(centre - half), math.tanh(centre + half)
-    return Evidence(found, 0.0, low, high, count, note, results or {})
+    evidence = Evidence(found, 0.0, low, high, count, note, results or {})
+    if by_text is None:
+        return evidence
+    flat = by_text.reshape(-1, by_text.shape[-1])[known]
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(0, flat.shape[1], flat.shape[1]) for _ in range(500)]
+    means = [nanmean(flat[:, one], 1) for one in texts]
+    drawn = [spearmanr(first[known], one).statistic for one in means if np.ptp(one) > 0]
+    if not drawn:
+        raise UnsupportedModelError(f"all {of} have the same score.")
+    ends = np.nanquantile(drawn, [0.5 - LEVEL / 2, 0.5 + LEVEL / 2])
+    return _wider(evidence, float(ends[0]), float(ends[1]))
 
 
 def random_heads(
@@ -654,6 +727,7 @@ def unpaired(
     *,
     note: str = "",
     results: Mapping[str, object] | None = None,
+    less: bool = False,
 ) -> Evidence:
     """Build evidence from two independent samples, with Welch's interval."""
     a, b = (one[~np.isnan(one)] for one in (np.asarray(values, float), np.asarray(others, float)))
@@ -663,6 +737,7 @@ def unpaired(
     low, high = float(found.low), float(found.high)
     if a.var() + b.var() == 0:
         low = high = float(a.mean() - b.mean())
+    low, high = (-high, -low) if less else (low, high)
     return Evidence(
         float(a.mean()), float(b.mean()), low, high, int(a.size + b.size), note, results or {}
     )
@@ -750,6 +825,7 @@ def best_head(
         control_of(scores, head),
         note=str(head),
         results={name: scores},
+        clusters=measured_on.cluster_labels,
     )
     return head, found
 
@@ -784,6 +860,9 @@ def against_random_sets(
 ) -> Evidence:
     """Effect of ablating heads on a metric, against random sets of other heads.
 
+    The control is their mean. The interval has the errors of both: that of the mean difference over
+    examples, and that of the mean over sets (Student's), half-widths added in squares.
+
     Args:
         model: model to ablate.
         probe: examples to measure on.
@@ -794,12 +873,43 @@ def against_random_sets(
         seed: seed for the random sets.
     """
     groups: dict[str, list[HeadIndex]] = {"chosen": list(heads)}
-    for draw, drawn in enumerate(random_heads(model, heads, _RANDOM_SETS, seed)):
+    count = _MANY_SETS if len(model.shape.heads) < _SMALL else _FEW_SETS
+    for draw, drawn in enumerate(random_heads(model, heads, count, seed)):
         groups[f"random {draw}"] = drawn
     effects = ablate_groups(model, probe, metric, groups, progress=False)
     harm = sign * effects.per_example / scale
-    return paired(
+    found = paired(
         harm[0],
         harm[1:].mean(0),
-        note=f"{', '.join(map(str, heads))}; {_RANDOM_SETS} random sets of as many others",
+        note=f"{', '.join(map(str, heads))}; {count} random sets of as many others",
+        clusters=probe.cluster_labels,
     )
+    sets = nanmean(harm[1:], 1)
+    error = float(stdtrit(len(sets) - 1, 0.5 + LEVEL / 2) * sets.std(ddof=1) / len(sets) ** 0.5)
+    middle = found.value - found.control
+    return replace(
+        found,
+        low=middle - math.hypot(middle - found.low, error),
+        high=middle + math.hypot(found.high - middle, error),
+    )
+
+
+def beyond_sets(
+    values: Float[np.ndarray, " example"],
+    sets: Float[np.ndarray, "set example"],
+    *,
+    note: str = "",
+    results: Mapping[str, object] | None = None,
+    less: bool = False,
+    clusters: Sequence[int] | None = None,
+) -> Evidence:
+    """Build evidence against several random sets on the same examples.
+
+    The control is their mean, and the interval the union of that over examples and of the
+    differences from each set's own mean: what one of a few sets does as well does not stand out.
+    """
+    found = paired(
+        values, nanmean(sets, 0), note=note, results=results, less=less, clusters=clusters
+    )
+    each = (1 - 2 * less) * (np.nanmean(values) - nanmean(sets, 1))
+    return _wider(found, float(each.min()), float(each.max()))

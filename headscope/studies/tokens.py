@@ -25,6 +25,8 @@ from headscope.studies.study import (
     Study,
     StudySetting,
     control_mean,
+    nanmean,
+    over_heads,
     paired,
     prose,
     rank_correlation,
@@ -109,7 +111,11 @@ def _flow_is_need(model: HeadModel, setting: StudySetting) -> Evidence:
         lambda: gradient_importance(model, probe, normalise=False, progress=False),
     )
     return rank_correlation(
-        flow.mean.ravel(), importance.mean.ravel(), note="all heads", results={"flow": flow}
+        importance.mean.ravel(),
+        flow.mean.ravel(),
+        by_text=flow.per_example,
+        note="all heads",
+        results={"flow": flow},
     )
 
 
@@ -548,8 +554,9 @@ def _confident(model: HeadModel, setting: StudySetting) -> Evidence:
         lambda: gradient_importance(model, probe, normalise=False, progress=False),
     )
     return rank_correlation(
-        sure.mean.ravel(),
         importance.mean.ravel(),
+        sure.mean.ravel(),
+        by_text=sure.per_example,
         note="all heads",
         results={"confidence": sure},
     )
@@ -558,11 +565,13 @@ def _confident(model: HeadModel, setting: StudySetting) -> Evidence:
 def _farther(model: HeadModel, setting: StudySetting) -> Evidence:
     probe, _ = skilled(model, setting)
     scores = score(model, probe, ["attention_distance"], progress=False)["attention_distance"]
-    layer = np.broadcast_to(np.arange(scores.mean.shape[0])[:, None], scores.mean.shape)
+    by_text = nanmean(scores.per_example, 1)
     return rank_correlation(
-        layer.ravel().astype(float),
-        scores.mean.ravel(),
-        note="all heads",
+        np.arange(len(by_text), dtype=float),
+        nanmean(by_text, 1),
+        of="layers",
+        by_text=by_text,
+        note="all layers, mean over their heads; n counts layers",
         results={"attention_distance": scores},
     )
 
@@ -599,14 +608,22 @@ SPECIALISED = Study(
 
 def _sparser(model: HeadModel, setting: StudySetting) -> Evidence:
     probe, _ = skilled(model, setting)
-    few = probe.examples(slice(0, 6))
+    parts = [probe.examples(slice(at, at + 2)) for at in range(0, min(len(probe), 8) - 1, 2)]
     start = 1.25
-    alphas = learn_alphas(
-        model, few, steps=setting.size(8, 4), rate=0.2, start=start, seed=setting.seed,
-        progress=False,
-    )  # fmt: skip
-    values = alphas.mean.ravel()
-    return paired(values, np.full_like(values, start), note="all heads", results={"alpha": alphas})
+    alphas = [
+        learn_alphas(
+            model, part, steps=setting.size(8, 4), rate=0.2, start=start, seed=setting.seed,
+            progress=False,
+        )
+        for part in parts
+    ]  # fmt: skip
+    values = np.stack([one.mean for one in alphas], -1)
+    return over_heads(
+        values,
+        np.full(len(parts), start),
+        note="all heads; n counts pairs of texts that alphas were trained on",
+        results={"alpha": alphas[0]},
+    )
 
 
 ENTMAX = Study(

@@ -35,12 +35,23 @@ import headscope as hs
 from docs.pages.studies import study_pages
 from headscope.compiled import Feature, Head, Lookup
 from headscope.errors import InputError, UnsupportedModelError
+from headscope.heads import HeadIndex
 from headscope.models import bundled
 from headscope.models.protocol import HeadModel
 from headscope.studies import Claim, Evidence, Study, StudyResult, StudySetting, paired
 from headscope.studies.forms import _CONCEPTS, _TOLD, _WRITTEN, _discs, _names
 from headscope.studies.readings import _MEANINGS
-from headscope.studies.study import answered, need_skill, prose, rank_correlation, unpaired
+from headscope.studies.study import (
+    against_random_sets,
+    answered,
+    beyond_sets,
+    need_skill,
+    over_heads,
+    prose,
+    random_heads,
+    rank_correlation,
+    unpaired,
+)
 from tests.cli.support import run, sentence
 from tests.models import seq2seq, vision
 
@@ -748,3 +759,64 @@ def test_a_head_that_looks_at_the_word_that_is_asked_for_is_found() -> None:
         untold == "it takes the processor that comes with the model: pass given={'processor': ...}."
     )
     assert "no texts with images" in hs.studies.run("ocr-heads", hs.load())["reads"].because
+
+
+def test_a_mean_over_heads_has_the_wider_interval_of_texts_and_heads() -> None:
+    draw = np.random.default_rng(0)
+    heads, texts = draw.normal(size=(12, 1)), 0.1 * draw.normal(size=(1, 20))
+    for values in (3 * heads + texts, 0.01 * heads + 10 * texts):
+        found = over_heads(values.reshape(3, 4, 20), np.zeros(20))
+        by_text, by_head = (paired(values.mean(at), np.zeros(20 - 8 * at)) for at in (0, 1))
+        assert found.value == pytest.approx(values.mean())
+        assert (found.low, found.high) == pytest.approx(
+            (min(by_text.low, by_head.low), max(by_text.high, by_head.high))
+        )
+        assert found.n == 20
+
+
+def test_heads_do_not_stand_out_where_one_random_set_harms_as_much() -> None:
+    harm = np.tile(np.linspace(0.5, 0.6, 16), (4, 1))
+    sets = harm[1:] - np.array([[0.5], [0.5], [0.0]])  # the last one harms as much
+    found = beyond_sets(harm[0], sets)
+    assert paired(harm[0], sets.mean(0)).low > 0.3
+    assert found.low == pytest.approx(0.0)
+    assert beyond_sets(harm[0], sets[:2]).low == pytest.approx(0.5)
+
+
+def test_examples_of_a_cluster_count_once() -> None:
+    values = np.array([0.2, 0.4, 0.9, 0.7, 0.5, 0.1])
+    labels = [0, 0, 1, 1, 2, 2]
+    found = paired(values, np.zeros(6), clusters=labels)
+    once = paired(values.reshape(3, 2).mean(1), np.zeros(3))
+    assert (found.low, found.high, found.n) == pytest.approx((once.low, once.high, 3))
+
+
+def test_a_rank_correlation_of_noisy_texts_is_no_surer_than_its_texts() -> None:
+    draw = np.random.default_rng(0)
+    first = np.arange(200.0)
+    by_text = first[:, None] * np.array([-1.0, -1.0, 2.0, 2.0, -1.0, 0.5])
+    by_text += draw.normal(size=by_text.shape)
+    alone = rank_correlation(first, by_text.mean(1))
+    found = rank_correlation(first, by_text.mean(1), by_text=by_text)
+    assert alone.low > 0.9
+    assert found.low < 0
+    with pytest.raises(UnsupportedModelError, match="3 layers are too few"):
+        rank_correlation(first[:3], first[:3], of="layers")
+
+
+def test_ablations_are_held_against_sets_with_the_error_of_their_mean() -> None:
+    model = hs.load()
+    probe = hs.probes.repeated_tokens(model, length=16, batch=6, seed=3)
+    heads = [HeadIndex(2, 1)]
+    asked = {"scale": 1.0, "sign": 1.0, "seed": 0}
+    found = against_random_sets(model, probe, hs.metrics.loss, heads, **asked)
+    groups = {str(number): one for number, one in enumerate(random_heads(model, heads, 40, 0))}
+    assert all(heads[0] not in one for one in groups.values())
+    effects = hs.ablate_groups(model, probe, hs.metrics.loss, {"chosen": heads, **groups})
+    harm = effects.per_example
+    plain = paired(harm[0], harm[1:].mean(0))
+    error = float(student.ppf(0.995, 39)) * harm[1:].mean(1).std(ddof=1) / math.sqrt(40)
+    middle = plain.value - plain.control
+    assert found.value - found.control == pytest.approx(middle, rel=1e-5)
+    assert found.low == pytest.approx(middle - math.hypot(middle - plain.low, error), rel=1e-4)
+    assert found.high == pytest.approx(middle + math.hypot(plain.high - middle, error), rel=1e-4)
