@@ -216,6 +216,12 @@ def _other(group: str, listed: list[Family]) -> list[str]:
         f"{len(runs)} of {len(listed)} model types run, {about.said}; {counts['refused']} are "
         f"refused at load and {counts['not built']} cannot be built here."
     )
+    if seen:
+        intro += (
+            " *rows*: attention rows and logits of texts with images equal those of eager "
+            "attention; *places*: `hs.vision.image_keys` also tells where in the picture a token "
+            "stands; *not tried*: no inputs with images were built for the family here."
+        )
     lines[2:2] = [intro, ""]
     lines += [*(f"{number}. {reason}." for reason, number in numbers.items()), ""]
     rest = [

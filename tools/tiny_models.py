@@ -310,7 +310,7 @@ GROUPS: Mapping[str, Group] = {
         | {"video_token_id": VOCAB - 4, "image_seq_length": 16, "mm_tokens_per_image": 4}
         | {"vision_feature_layers": (-1, -2)},
         largest=8_000_000,
-        said="the decoder's heads on texts with images in them",
+        said="and the heads of their decoders are read",
     ),
 }
 
