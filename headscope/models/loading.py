@@ -98,13 +98,28 @@ def read_gguf(source: str | Path, config: Any, dtype: torch.dtype | None, device
         raise
     except Exception as error:  # as above
         raise ModelLoadError(_failure(source, error)) from error
-    missing = sorted(found["missing_keys"])
-    if missing:  # transformers would go on with random numbers in their place
+    _check_complete(source, found)
+    return module
+
+
+def _check_complete(source: str | Path, found: Mapping[str, Any]) -> None:
+    """Refuse a model without all its weights; transformers goes on with random numbers instead.
+
+    Many checkpoints were saved without the pooler of the bare model, whose output is not read.
+
+    Args:
+        source: where it was read from.
+        found: loading info of transformers.
+
+    Raises:
+        ModelLoadError: with the first weight that is missing.
+    """
+    missing = sorted(key for key in found["missing_keys"] if "pooler" not in key.split("."))
+    if missing:
         raise ModelLoadError(
             f"{source} lacks {len(missing)} of the model's weights, e.g. {missing[0]}: download it "
-            "again."
+            "again, or save it again with save_pretrained."
         )
-    return module
 
 
 def _dense() -> dict[str, Any]:
@@ -261,9 +276,15 @@ def load_halves(
                     f"{place} ({config.model_type}) is not a model of images beside one of texts: "
                     "load it with hs.load."
                 )
-            module = AutoModel.from_pretrained(
-                place, config=config, dtype=_dtype(dtype) or "auto", use_safetensors=True, **code
+            module, found = AutoModel.from_pretrained(
+                place,
+                config=config,
+                dtype=_dtype(dtype) or "auto",
+                use_safetensors=True,
+                output_loading_info=True,
+                **code,
             )
+            _check_complete(place, found)
         except HeadscopeError:
             raise
         except Exception as error:  # foreign files through foreign parsers: anything may come
@@ -354,6 +375,8 @@ def load(
     """
     if device is not None and device_map is not None:
         raise InputError("give either device or device_map, not both.")
+    if isinstance(device_map, str | torch.device) and str(device_map).startswith("meta"):
+        _check_device(device_map)
     _check_device(device)
     if trust_remote_code and not _is_commit(revision):
         raise InputError(
@@ -570,14 +593,18 @@ def _from_files(
     try:
         config = AutoConfig.from_pretrained(place, **code)
         admit(config, name)
-        module = (read_pruned if is_pruned(config) else auto_class(config).from_pretrained)(
-            place,
-            config=config,
-            dtype="auto" if dtype is None else dtype,
-            device_map=device_map,
-            use_safetensors=None if allow_pickle else True,
-            **code,
-        )
+        options: dict[str, Any] = code | {
+            "config": config,
+            "dtype": "auto" if dtype is None else dtype,
+            "device_map": device_map,
+            "use_safetensors": None if allow_pickle else True,
+        }
+        if is_pruned(config):
+            module = read_pruned(place, **options)
+        else:
+            kind = auto_class(config)
+            module, found = kind.from_pretrained(place, output_loading_info=True, **options)
+            _check_complete(name, found)
     except HeadscopeError:
         raise
     except Exception as error:  # foreign files through foreign parsers: anything may come

@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import headscope as hs
@@ -97,6 +99,38 @@ def test_a_cache_may_be_off_or_out_of_reach(
     monkeypatch.delenv("HEADSCOPE_CACHE")
     hs.load(tmp_path / "saved")
     assert [one.name for one in (tmp_path / "xdg" / "headscope").iterdir()] == ["proofs"]
+
+
+def test_a_folder_without_all_weights_is_refused(tmp_path: Path) -> None:
+    """transformers would put random numbers in their place, and only log it."""
+    fresh("llama").save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    weights = load_file(file)
+    del weights["model.layers.1.self_attn.o_proj.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError, match=r"lacks 1 of the model's weights, e\.g\. .*o_proj"):
+        hs.load(tmp_path)
+
+
+def test_layers_on_disk_give_the_same_numbers(tmp_path: Path) -> None:
+    """Read from a folder with a device map, as a model that does not fit would be."""
+    fresh("llama").save_pretrained(tmp_path)
+    n_layers = hs.load(tmp_path, check=False).shape.n_layers
+    parts = ["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"]
+    places = dict.fromkeys(parts, "cpu")
+    places |= {f"model.layers.{n}": "disk" if n % 2 else "cpu" for n in range(n_layers)}
+    away, here = hs.load(tmp_path, device_map=places), hs.load(tmp_path)
+    assert any(one.is_meta for one in away.module.parameters())
+    assert away.proof.checks
+    assert away.digest() == here.digest()
+    probe = hs.probes.repeated_tokens(here, length=6, batch=2)
+    for measure in (
+        lambda model: hs.score(model, probe, ["induction"], progress=False)["induction"].mean,
+        lambda model: hs.ablate_heads(model, probe, hs.metrics.loss, progress=False).mean,
+    ):
+        np.testing.assert_allclose(measure(away), measure(here), atol=1e-6)
+    with pytest.raises(InputError, match="holds no numbers"):
+        hs.load(tmp_path, device_map="meta")
 
 
 def test_a_folder_loads_like_the_model(tmp_path: Path) -> None:
