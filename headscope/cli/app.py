@@ -541,7 +541,7 @@ def plan(
         int | None, typer.Option(min=1, help="Number of heads to ablate (default: all).")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Number of tokens to decode.")] = 50,
-    device: Annotated[str, typer.Option(help="h100, h200, a100, l4, ...")] = "h100",
+    device: Annotated[str, typer.Option(help="h100, h200, a100, l4, ..., or here.")] = "h100",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     json: Json = False,
 ) -> None:

@@ -98,23 +98,28 @@ def read_gguf(source: str | Path, config: Any, dtype: torch.dtype | None, device
         raise
     except Exception as error:  # as above
         raise ModelLoadError(_failure(source, error)) from error
-    _check_complete(source, found)
+    _check_complete(source, module, found)
     return module
 
 
-def _check_complete(source: str | Path, found: Mapping[str, Any]) -> None:
+def _check_complete(source: str | Path, module: Any, found: Mapping[str, Any]) -> None:
     """Refuse a model without all its weights; transformers goes on with random numbers instead.
 
-    Many checkpoints were saved without the pooler of the bare model, whose output is not read.
+    Many checkpoints were saved without the pooler of the bare model: it is taken off, as
+    ``add_pooling_layer=False`` does, so that its random output is never read.
 
     Args:
         source: where it was read from.
+        module: the model.
         found: loading info of transformers.
 
     Raises:
         ModelLoadError: with the first weight that is missing.
     """
-    missing = sorted(key for key in found["missing_keys"] if "pooler" not in key.split("."))
+    keys = [key.split(".") for key in sorted(found["missing_keys"])]
+    for owner in {".".join(key[: key.index("pooler")]) for key in keys if "pooler" in key}:
+        module.get_submodule(owner).pooler = None
+    missing = [".".join(key) for key in keys if "pooler" not in key]
     if missing:
         raise ModelLoadError(
             f"{source} lacks {len(missing)} of the model's weights, e.g. {missing[0]}: download it "
@@ -284,7 +289,7 @@ def load_halves(
                 output_loading_info=True,
                 **code,
             )
-            _check_complete(place, found)
+            _check_complete(place, module, found)
         except HeadscopeError:
             raise
         except Exception as error:  # foreign files through foreign parsers: anything may come
@@ -604,7 +609,7 @@ def _from_files(
         else:
             kind = auto_class(config)
             module, found = kind.from_pretrained(place, output_loading_info=True, **options)
-            _check_complete(name, found)
+            _check_complete(name, module, found)
     except HeadscopeError:
         raise
     except Exception as error:  # foreign files through foreign parsers: anything may come

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -243,6 +244,22 @@ def test_l5_a_plan_is_within_a_quarter_of_what_is_counted(
         cost = hs.plan(sizes, study, examples=examples, **_ON_CPU)
         assert cost.flops == pytest.approx(flops.get_total_flops(), rel=0.25), study
         assert cost.memory == pytest.approx(weights + alive.most, rel=0.25), study
+
+
+def test_l5_this_machine_is_measured() -> None:
+    """Hours follow the rate of a product here, and double with the work."""
+    once, twice = (hs.plan("gpt2", examples=n, device="here", dtype="float32") for n in (50, 100))
+    assert once.flops * 2 == twice.flops
+    assert 0.3 < twice.hours / once.hours / 2 < 3  # each is measured by itself, on a busy machine
+    rows, weights = torch.ones(1024, 768), torch.ones(768, 3072)
+    taken = []
+    for _ in range(8):
+        started = time.perf_counter()
+        rows @ weights
+        taken.append(time.perf_counter() - started)
+    rate = 0.8 * 2 * rows.numel() * 3072 / min(taken)
+    assert 0.2 < once.flops / (3600 * once.hours) / rate < 5
+    assert once.fits
 
 
 def test_l5_decoding_is_planned_by_what_each_step_reads() -> None:

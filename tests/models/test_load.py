@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, BertConfig, BertModel
 
 import headscope as hs
 from headscope import lens
@@ -110,6 +110,17 @@ def test_a_folder_without_all_weights_is_refused(tmp_path: Path) -> None:
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ModelLoadError, match=r"lacks 1 of the model's weights, e\.g\. .*o_proj"):
         hs.load(tmp_path)
+
+
+def test_a_pooler_that_was_never_saved_is_taken_off(tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, initializer_range=0.4,
+    )  # fmt: skip
+    BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    model = hs.load(tmp_path)
+    assert model.module.pooler is None
+    assert model.proof.checks
 
 
 def test_layers_on_disk_give_the_same_numbers(tmp_path: Path) -> None:
