@@ -97,7 +97,7 @@ def test_a_tuned_lens_descends_along_the_gradient_of_the_divergence() -> None:
     """One step of Adam is one step of its rate against the sign of the gradient."""
     model, probe = model_of("gpt2"), probe_of(6)
     fitted = lens.tuned_lens(model, probe, steps=1, learning_rate=1e-3, seed=0)
-    batch = next(fitting.batches(fitting.split_data(model, probe, 0.2, 0).fit, 1, 0))
+    batch = next(fitting.random_batches(fitting.split_data(model, probe, 0.2, 0).fit, 1, 0))
     rows, last = streams_of(model, batch)
     unembedding = model.unembedding
     change = torch.zeros(32, dtype=torch.float64, requires_grad=True)
