@@ -159,7 +159,8 @@ def updated(
             if claim.name in new:
                 answers[key] = {field: _plain(getattr(new[claim.name], field)) for field in _KEPT}
                 answers[key]["because"] = _portable(new[claim.name].because, about.model)
-                answers[key]["seconds"] = _seconds(notes / f"{name}.{claim.name}.seconds")
+                took = _seconds(notes / f"{name}.{claim.name}.seconds")
+                answers[key]["seconds"] = took if study.of == "model" else 0.0  # refused at once
             elif key in old:
                 answers[key] = old[key]
     pictured = {name: one for name, one in held["pictured"].items() if same and name not in results}
