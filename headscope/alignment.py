@@ -666,7 +666,8 @@ def _as_matrix(links: Links, probe: Probe, source: Probe) -> Bool[Tensor, "batch
         for number, pairs in enumerate(links):
             for pair in pairs:
                 if len(pair) != 2 or not all(
-                    0 <= one < n for one, n in zip(pair, size[1:], strict=True)
+                    0 <= whole(one, "position of a link") < n
+                    for one, n in zip(pair, size[1:], strict=True)
                 ):
                     raise InputError(
                         f"link {tuple(pair)} of example {number + 1} is not (target, source) among "

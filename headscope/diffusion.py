@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from headscope.base.arguments import checked
 from headscope.base.files import Saved
+from headscope.base.options import is_out_of_memory
 from headscope.base.result import Glance, Shown, Tabular, number, sizes
 from headscope.base.specs import Provenance, ScoreSpec
 from headscope.edits import Heads, head_list
-from headscope.errors import InputError, UnsupportedModelError
+from headscope.errors import HeadscopeError, InputError, UnsupportedModelError
 from headscope.heads import HeadIndex
 from headscope.models.running import own_types
 from headscope.table import HeadScores
@@ -128,8 +129,14 @@ class Diffusion:
         """
         self._check(inputs)
         self.check(values or {})
-        with self._seen(read, values or {}):
-            found: Tensor = self.module(**inputs, return_dict=False)[0]
+        try:
+            with self._seen(read, values or {}):
+                found: Tensor = self.module(**inputs, return_dict=False)[0]
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            if is_out_of_memory(error) or isinstance(error, HeadscopeError):
+                raise
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{self.name} cannot read these inputs: {said[:150]}") from error
         return found
 
     def _check(self, inputs: Mapping[str, Any]) -> None:
@@ -139,6 +146,10 @@ class Diffusion:
                 f"{self.name} needs {_TEXT!r} [batch token width], the embedded text that its "
                 "cross-attention reads."
             )
+        for name, value in inputs.items():
+            shown = isinstance(value, Tensor) and value.is_floating_point()
+            if shown and not bool(torch.isfinite(value).all()):
+                raise InputError(f"{name!r} holds numbers that are not finite.")
 
     @contextmanager
     def _seen(
@@ -460,6 +471,10 @@ def ablate_heads(
     if method not in ("zero", "mean"):
         raise InputError(f"method={method!r} is unknown: 'zero' or 'mean'.")
     chosen = model.heads if heads is None else head_list(heads)
+    if not chosen:
+        raise InputError("no heads given: name at least one, or leave them out for all.")
+    if other := [head for head in chosen if head.stack not in ("", _STACK)]:
+        raise InputError(f"{model.name} is known by its cross-attention, and has no {other[0]}.")
     model.check(chosen)
     sums: dict[int, Tensor] = {}
     places: dict[int, int] = {}

@@ -441,6 +441,8 @@ def maps(
     if not bool(mark.any(1).all()):
         raise InputError(f"an image has no position marked {query!r}.")
     chosen = tuple(model.shape.attention_layers if layers is None else layers)
+    if not chosen:
+        raise InputError("layers= names no layer: give one or more, or leave it out for all.")
     if missing := [one for one in chosen if one not in model.shape.attention_layers]:
         raise InputError(f"{model.name} has no attention in layer {missing[0]}.")
     parts = [
@@ -626,10 +628,20 @@ def identifiability(
         logits: of all classes.
         classes: the true ones.
 
+    Raises:
+        InputError: if there is not a class of the model for each row.
+
     Example:
         >>> hs.vision.identifiability(torch.tensor([[3.0, 1.0, 2.0, 0.0]]), torch.tensor([2]))
         tensor([0.7500])
     """
+    if classes.shape != logits.shape[:-1]:
+        raise InputError(
+            f"classes have shape {list(classes.shape)} and logits {list(logits.shape)}: give one "
+            "class for each row of logits."
+        )
+    if bool(((classes < 0) | (classes >= logits.shape[-1])).any()):
+        raise InputError(f"a class is none of 0 to {logits.shape[-1] - 1}.")
     own = logits.gather(-1, classes[..., None])
     above = (logits > own).sum(-1)
     equal = (logits == own).sum(-1) - 1
@@ -927,7 +939,10 @@ def _numbers(values: np.ndarray | Tensor) -> np.ndarray:
     """The values in float64 on the CPU, whatever their device and type."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().double().numpy()
-    return np.asarray(values, dtype=np.float64)
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError("writes or texts hold something else than numbers.") from error
 
 
 @checked
@@ -968,6 +983,8 @@ def text_span(
         raise InputError(
             f"writes have shape {given.shape} and texts {pool.shape}: give [image d] and [text d]."
         )
+    if len(given) < 2:
+        raise InputError(f"the writes are of {len(given)} images: give those of two or more.")
     if not (np.isfinite(given).all() and np.isfinite(pool).all()):
         raise InputError("writes or texts hold numbers that are not finite.")
     _, _, right = np.linalg.svd(given, full_matrices=False)
@@ -1191,7 +1208,10 @@ def cue_heads(
     _need_grid(model)
     probe = capture.on_grid_of(model, probe)
     _need_classes(model, probe)
-    wrong = np.asarray(misleading, dtype=bool)
+    given = np.asarray(misleading)
+    if not np.isin(given, (0, 1)).all():
+        raise InputError("misleading= holds something else than True and False.")
+    wrong = given.astype(bool)
     if wrong.shape != (len(probe),) or min(wrong.sum(), (~wrong).sum()) < 2:
         raise InputError(
             f"misleading= has shape {wrong.shape} and {int(wrong.sum())} images whose cue "
@@ -1295,20 +1315,22 @@ _GAZE = ScoreSpec(
 )
 
 
-def _known(example: int, head: str | tuple[int, int], sizes: tuple[int, ...]) -> HeadIndex:
+def _known(example: int, head: str | tuple[int, int], scores: HeadScores, texts: int) -> HeadIndex:
     """A head, validated with the text in which it is asked for.
 
     Args:
         example: which text.
         head: such as ``L1H2``.
-        sizes: numbers of texts, layers and heads.
+        scores: of all heads.
+        texts: how many there are.
 
     Raises:
         InputError: if there is no such text or head.
     """
     chosen = HeadIndex.parse(head)
-    texts, layers, heads = sizes
-    if not (0 <= example < texts and chosen.layer < layers and chosen.head < heads):
+    layers, heads = scores.mean.shape
+    there = chosen.stack in ("", scores.stack) and chosen.layer < layers and chosen.head < heads
+    if not (there and 0 <= whole(example, "example") < texts):
         raise InputError(
             f"there is no {chosen} in text {example}: there are {texts} texts, layers 0 to "
             f"{layers - 1} and heads 0 to {heads - 1}."
@@ -1380,7 +1402,7 @@ class ImageAttention(Composed, Saved, Shown, Tabular):
         Raises:
             InputError: if there is no such text, head, query or picture.
         """
-        chosen = _known(example, head, self.weights.shape[:3])
+        chosen = _known(example, head, self.mass, len(self.queries))
         own = self.queries[example]
         if query is not None and query not in own:
             raise InputError(
@@ -1519,11 +1541,7 @@ def image_attention(
     """
     need_model(model)
     capture.need_probe(probe)
-    if keys.image.shape != probe.tokens.shape:
-        raise InputError(
-            f"the image keys are of {list(keys.image.shape)} positions, the probe has "
-            f"{list(probe.tokens.shape)}: make them of this probe."
-        )
+    _need_keys_of(probe, keys)
     mark = _looking(probe, queries)
     own = tuple(tuple(row.nonzero()[:, 0].tolist()) for row in mark)
     most, shape = max(len(one) for one in own), model.shape
@@ -1552,6 +1570,19 @@ def image_attention(
         provenance=origin(model, probe, control="even attention"),
     ).of_stack(shape.stack)
     return ImageAttention(scores, weights, own, keys)
+
+
+def _need_keys_of(probe: Probe, keys: ImageKeys) -> None:
+    """Refuse image keys of another probe.
+
+    Raises:
+        InputError: if they are.
+    """
+    if keys.image.shape != probe.tokens.shape:
+        raise InputError(
+            f"the image keys are of {list(keys.image.shape)} positions, the probe has "
+            f"{list(probe.tokens.shape)}: make them of this probe."
+        )
 
 
 def _looking(
@@ -1715,7 +1746,7 @@ class OcrHeads(Composed, Saved, Shown, Tabular):
         Raises:
             InputError: if there is no such text or head.
         """
-        chosen = _known(example, head, (len(self.reads), *self.frequency.shape))
+        chosen = _known(example, head, self.score, len(self.reads))
         found: list[tuple[float, float, float, float] | None] = []
         for at in self.reads[example].looked[:, chosen.layer, chosen.head].tolist():
             shown = 0 <= at < keys.image.shape[1] and int(keys.image[example, at]) >= 0
@@ -1789,6 +1820,9 @@ def ocr_heads(
         raise UnsupportedModelError(f"{model.name} is not given texts with images in them.")
     if form not in ("forced", "decoded"):
         raise InputError(f"form={form!r} is unknown: 'forced' or 'decoded'.")
+    if isinstance(recall, bool) or not recall < 1:
+        raise InputError(f"recall={recall!r}: no text has more; give a share below 1.")
+    _need_keys_of(probe, keys)
     marked = _evidence(evidence, keys)
     wanted = _answers(model, answers, len(probe))
     steps = None if new_tokens is None else whole(new_tokens, "new_tokens", 1)

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headscope.base.files import Saved, Stored
-from headscope.errors import InputError
+from headscope.errors import InputError, whole
 from headscope.heads import STACK_LETTERS, HeadIndex
 
 
@@ -192,6 +192,7 @@ class ImageKeys(Saved):
         Raises:
             InputError: if there is no such position, or it shows no piece of a picture.
         """
+        example, position = whole(example, "example"), whole(position, "position")
         batch, length = self.image.shape
         if not (0 <= example < batch and 0 <= position < length):
             raise InputError(
@@ -244,6 +245,7 @@ class ImageKeys(Saved):
         Raises:
             InputError: if there is no such picture, or the box is empty or reaches out of it.
         """
+        example, image = whole(example, "example"), whole(image, "image")
         batch, images = self.sizes.shape[:2]
         if not (0 <= example < batch and 0 <= image < images):
             raise InputError(
@@ -270,7 +272,7 @@ class ImageKeys(Saved):
         box: Sequence[float | int],
         image: int = 0,
         *,
-        over: float = 0.1,
+        over: int | float = 0.1,
         by: str = "patch",
     ) -> list[int]:
         """Positions whose piece overlaps a box by more than a share.
@@ -285,6 +287,8 @@ class ImageKeys(Saved):
         Raises:
             InputError: if there is no such picture, or the box is empty or reaches out of it.
         """
+        if isinstance(over, bool) or not 0 <= over < 1:
+            raise InputError(f"over={over!r}: give a share from 0 to below 1.")
         found: list[int] = (self.overlap(example, box, image, by) > over).nonzero()[:, 0].tolist()
         return found
 
@@ -293,7 +297,7 @@ class ImageKeys(Saved):
         boxes: Sequence[Sequence[float | int]],
         images: Sequence[int] | None = None,
         *,
-        over: float = 0.1,
+        over: int | float = 0.1,
         by: str = "patch",
     ) -> Bool[Tensor, "batch pos"]:
         """Mark of the positions that overlap one box per text, as found by :meth:`keys`.
@@ -308,6 +312,8 @@ class ImageKeys(Saved):
             InputError: if there is not a box for each text, or one is outside of its picture or
                 between all pieces.
         """
+        if isinstance(over, bool) or not 0 <= over < 1:
+            raise InputError(f"over={over!r}: give a share from 0 to below 1.")
         if len(boxes) != len(self) or (images is not None and len(images) != len(self)):
             raise InputError(f"there are {len(boxes)} boxes for {len(self)} texts: give one each.")
         rows = []
@@ -345,7 +351,8 @@ class ImageKeys(Saved):
         Raises:
             InputError: if there is no such picture.
         """
-        self.inside(example, (0, 0, *self.sizes[example, image].flip(0).tolist()), image)
+        rows, columns = whole(rows, "rows", 1), whole(columns, "columns", 1)
+        self.inside(example, (0, 0, 1, 1), image)
         height, width = self.sizes[example, image].tolist()
         shown = self.image[example] == image
         own = self.boxes[example][shown].to(weights)

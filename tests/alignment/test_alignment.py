@@ -182,7 +182,10 @@ def test_what_does_not_fit_is_a_sentence() -> None:
     probe = probe_of(model, 2)
     for refused, why in (
         (lambda: hs.alignment.find(model, probe, [[(0, 9)], []]), "link .* counted from 0"),
-        (lambda: hs.alignment.find(model, probe, [[(0, 0)]]), "links of 1 examples and 2"),
+        (
+            lambda: hs.alignment.find(model, probe, [[(0, 0)]]),
+            "links for 1 examples, and the probe has 2",
+        ),
         (lambda: hs.alignment.find(model, probe, torch.ones(2, 2, 2) > 0), "have shape"),
         (lambda: hs.alignment.find(model, probe, None, [[], []]), "give links too"),
         (lambda: hs.alignment.find(model, probe, at="mid"), "give 'output' or 'input'"),

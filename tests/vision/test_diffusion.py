@@ -199,3 +199,20 @@ def test_attention_to_tokens_is_shown_and_comes_back_from_a_file(tmp_path: Path)
     frame = found.to_pandas()
     np.testing.assert_allclose(frame.groupby("head").attention.sum(), 1, atol=1e-5)
     assert set(frame["head"]) == {str(head) for head in model.heads}
+
+
+def test_inputs_that_a_denoiser_cannot_read_are_told() -> None:
+    model = hs.diffusion.load(model_of("unet"))
+    inputs = {"sample": torch.randn(2, 4, 8, 8), "timestep": 9}
+    inputs["encoder_hidden_states"] = torch.randn(2, 5, 12)
+    for change, said in (
+        ({"encoder_hidden_states": torch.randn(2, 5, 7)}, "cannot read these inputs: mat1"),
+        ({"encoder_hidden_states": torch.randn(3, 5, 12)}, "cannot read these inputs: The size"),
+        ({"other": 1}, "cannot read these inputs: .*unexpected keyword argument 'other'"),
+        ({"sample": torch.full((2, 4, 8, 8), torch.nan)}, "'sample' holds numbers that are not"),
+    ):
+        with pytest.raises(InputError, match=said):
+            hs.diffusion.token_attention(model, {**inputs, **change})
+    for heads, said in (([], "no heads given"), (["E0H0"], "has no E0H0")):
+        with pytest.raises(InputError, match=said):
+            hs.diffusion.ablate_heads(model, inputs, heads=heads)

@@ -580,3 +580,42 @@ def test_results_are_shown_drawn_and_come_back_from_files(
     assert ImageKeys.load(tmp_path / "keys.safetensors").at(0, 4) == keys.at(0, 4)
     with pytest.raises(InputError, match="holds HeadTexts: read it with"):
         hs.vision.Written.load(tmp_path / "HeadTexts.safetensors")
+
+
+def test_what_is_no_place_of_a_picture_or_text_is_told(
+    hand: tuple[Any, hs.Probe, ImageKeys],
+) -> None:
+    model, probe, keys = hand
+    looks = hs.vision.image_attention(model, probe, keys)
+    seen, answers = keys.evidence(BOXES), [[5]] * 6
+    vit = hs.load(vision("vit"))
+    images = hs.probes.images(vit, pictures(4), labels=[3, 0, 4, 1])
+    others = hs.probes.from_batch(inputs_of("llava", 3))
+    calls: list[tuple[Any, str]] = [
+        (lambda: keys.at(9, 3), r"no position 3 of text 9"),
+        (lambda: keys.keys(0, (0, 0, 4, 4), over=-1), r"over=-1: give a share"),
+        (lambda: keys.evidence(BOXES, over=2), r"over=2: give a share"),
+        (lambda: looks.of(0, "L0H0", rows=0), r"rows=0: give a whole number, 1 at least"),
+        (lambda: looks.of(0, "L0H0", image=5), r"no picture 5 of text 0"),
+        (lambda: looks.maps(image=-1), r"no picture -1 of text 0"),
+        (lambda: looks.of(0, "V0H0"), r"there is no V0H0 in text 0"),
+        (lambda: looks.of(9, "L0H0"), r"there is no L0H0 in text 9"),
+        (lambda: hs.vision.maps(vit, images, layers=[]), r"names no layer"),
+        (lambda: hs.vision.text_span(np.ones((0, 2)), np.eye(2)), r"of 0 images"),
+        (lambda: hs.vision.text_span(np.ones((1, 2)), np.eye(2)), r"of 1 images"),
+        (
+            lambda: hs.vision.identifiability(torch.zeros(2, 3), torch.tensor([1, 7])),
+            r"a class is none of 0 to 2",
+        ),
+        (
+            lambda: hs.vision.ocr_heads(model, others, seen[:3], answers[:3], keys),
+            r"make them of this probe",
+        ),
+        (
+            lambda: hs.vision.ocr_heads(model, probe, seen, answers, keys, recall=3),
+            r"give a share below 1",
+        ),
+    ]
+    for call, said in calls:
+        with pytest.raises(InputError, match=said):
+            call()
