@@ -27,7 +27,7 @@ from headscope.models.taps import Reads, TapView, at_layers
 
 TOKENS = (8192, 16384, 32768, 131072)
 ROWS = (64, 256, 1024)
-CHUNK = 64  # queries whose rows are held at once
+CHUNK = 32 << 20  # bytes of rows that are held at once, as in a scan on a processor
 WINDOW = 1024
 SIZES: dict[str, Any] = {
     "vocab_size": 1024,
@@ -56,7 +56,8 @@ class Rows:
         view.rows(torch.arange(last - 1, last))  # keys become fp32 once a layer
         for count in ROWS:
             started = time.process_time()
-            for positions in torch.arange(last - min(count, last), last).split(CHUNK):
+            wanted = torch.arange(last - min(count, last), last)
+            for positions in hs.capture.chunks(wanted, 3 * 4 * view.z.shape[2] * last, CHUNK):
                 view.rows(positions)
             self.seconds[count] = time.process_time() - started
 
