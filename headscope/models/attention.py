@@ -11,8 +11,9 @@ from torch import Tensor
 from headscope.base.stacks import CAUSAL, MaskRule
 from headscope.views import AttentionRows, QueryKeys, WindowRows
 
-# Entries of one boolean mask or one block of scores inside the fused path: small enough to be
-# nothing beside the activations, large enough that the loop costs nothing.
+# Entries of one boolean mask or block of scores in the fused path: negligible next to the
+# activations, but large enough to make the loop cheap. nothing beside the activations, large enough
+# that the loop costs nothing.
 _BLOCK_ENTRIES = 1 << 22
 
 
@@ -22,18 +23,18 @@ class AttentionCall:
 
     Attributes:
         layer: the model's layer number.
-        query, key, value: after rotation and normalisation, as attention uses them.
+        query, key, value: after rotation and norms, as used by attention.
         scaling: multiplier of the scores.
-        real: False at padding, from position 0 on, also where a replay brings only the last keys;
-            None where there is no padding.
-        mask: which keys a query sees, padding apart.
+        real: False at padding, from position 0 on, even if a replay holds only the last keys; None
+            without padding.
+        mask: which keys a query sees, apart from padding.
         soft_cap: scores become ``soft_cap * tanh(score / soft_cap)``.
         sinks: learned extra logit per head that takes part in the softmax (gpt-oss).
-        bias: what is added to the scaled scores, e.g. by relative position (t5); of all examples,
-            or of each.
-        reach: last key that each position sees, where some see later keys of their own block alone
-            (tokens of an image, a prefix): positions of one block have the same; None where there
-            are no such blocks.
+        bias: bias added to the scaled scores, e.g. by relative position (t5), shared by all
+            examples or one per example.
+        reach: last key that each position sees, if some positions see later keys within their own
+            block (tokens of an image, a prefix), equal for positions of one block; None without
+            such blocks.
     """
 
     layer: int
@@ -50,12 +51,12 @@ class AttentionCall:
 
     @property
     def n_queries(self) -> int:
-        """Number of queries of this call; fewer than the keys while decoding."""
+        """Number of queries; fewer than keys during decoding."""
         return self.query.shape[2]
 
     @property
     def n_keys(self) -> int:
-        """Number of keys, cached ones included."""
+        """Number of keys, including cached ones."""
         return self.key.shape[2]
 
     @property
@@ -65,12 +66,12 @@ class AttentionCall:
 
     @property
     def positions(self) -> Int[Tensor, " query"]:
-        """Positions of the queries, counted as :attr:`first_query` is."""
+        """Positions of the queries, starting at :attr:`first_query`."""
         last = self.first_query + self.n_queries
         return torch.arange(self.first_query, last, device=self.query.device)
 
     def up_to(self, end: int) -> "AttentionCall":
-        """The call without keys from ``end`` on: unused places of a static cache."""
+        """The call without keys from ``end`` on, the unused slots of a static cache."""
         if self.n_keys <= end:
             return self
         real = None if self.real is None else self.real[:, :end]
@@ -103,8 +104,8 @@ class AttentionCall:
     ) -> Bool[Tensor, "batch query key"]:
         """Mask of the keys in a range that each query position sees.
 
-        A padding query sees itself alone, so that no row is empty; in cross-attention, whose
-        keys are of another sequence, it sees what every query does.
+        A padding query sees only itself, so no row is empty; in cross-attention, whose keys belong
+        to another sequence, it sees the same keys as other queries.
         """
         batch = self.query.shape[0]
         return visible_keys(
@@ -115,19 +116,19 @@ class AttentionCall:
         """Smallest range of keys that contains all that these queries see.
 
         Args:
-            positions: on the CPU, where reading them does not make the host wait for the device.
+            positions: query positions, on the CPU to avoid a device sync.
         """
         if self.reach is not None:
             return slice(0, self.n_keys)
         return self.mask.span(int(positions.min()), int(positions.max()), self.n_keys)
 
     def rows(self, positions: Int[Tensor, " query"]) -> AttentionRows:
-        """Exact softmax rows in fp32, of the keys that any of the queries sees.
+        """Exact softmax rows in fp32, over the keys visible to any of the queries.
 
         Args:
-            positions: query positions, as :attr:`positions` counts them; on the CPU, where
-                reading them does not make the host wait for the device. Under a window, neighbours
-                take little memory, and positions far apart all that lies between.
+            positions: query positions, counted as in :attr:`positions`, on the CPU to avoid a
+                device sync. Under a window, neighbours take little memory, and positions far apart
+                all that lies between.
         """
         keys = self.seen_by(positions)
         positions = positions.to(self.query.device)
@@ -153,7 +154,7 @@ class AttentionCall:
         return self.bias[:, :, positions - self.first_query, keys].float()
 
     def query_keys(self, positions: Int[Tensor, " query"]) -> QueryKeys:
-        """Queries at some positions and the keys up to the last that any of them sees."""
+        """Queries at some positions, and keys up to the last visible to any of them."""
         keys = slice(0, self.seen_by(positions).stop)
         positions = positions.to(self.query.device)
         return QueryKeys(
@@ -172,7 +173,7 @@ class AttentionCall:
         scores: Float[Tensor, "batch head query key"],
         visible: Bool[Tensor, "batch query key"],
     ) -> Float[Tensor, "batch head query key"]:
-        """Softmax of scaled scores, in place: soft cap, mask and sink included."""
+        """Softmax of scaled scores, in place, including soft cap, mask and sink."""
         if self.soft_cap is not None:
             scores = self.soft_cap * torch.tanh(scores / self.soft_cap)
         scores = scores.masked_fill_(~visible[:, None], float("-inf"))
@@ -209,8 +210,8 @@ def visible_keys(
 ) -> Bool[Tensor, "batch query key"]:
     """Mask of the keys in a range that each query position sees, padding included.
 
-    A padding query sees itself alone, where keys are of its own sequence. Positions with the same
-    ``reach``, the last key that they see, see each other; see :class:`AttentionCall`.
+    A padding query sees only itself if keys belong to its own sequence. Positions with the same
+    ``reach`` see each other; see :class:`AttentionCall`.
     """
     places = torch.arange(keys.start, keys.stop, device=positions.device)
     ruled: Tensor = mask.visible(positions, places)[None].expand(batch, -1, -1)
@@ -229,8 +230,8 @@ def visible_keys(
 def fused(call: AttentionCall) -> Float[Tensor, "batch query head d_value"]:
     """Attention output of every query, holding at most a block of scores at a time.
 
-    torch's fused kernel where it can say what the layer wants, in blocks of queries where a
-    mask is needed, and blocks of exact rows for soft caps and learned sinks.
+    Uses torch's fused kernel where it can express the layer, in blocks of queries if a mask is
+    needed, and blocks of exact rows for soft caps and learned sinks.
     """
     if call.soft_cap is not None or call.sinks is not None:
         rows = (call.rows(block) for block in _blocks(call))
@@ -279,7 +280,7 @@ def _sdpa(
     group = query.shape[1] // key.shape[1]
     if (
         group > 1 and query.shape[2] == 1 and call.bias is None
-    ):  # a step of decoding: the group's queries stand in line
+    ):  # a decoding step: put the group's queries on the query axis
         z = torch.nn.functional.scaled_dot_product_attention(
             query.unflatten(1, (-1, group)).squeeze(3), key, value, mask, scale=call.scaling
         )

@@ -29,7 +29,7 @@ class Decoding(Protocol):
 
     @property
     def length(self) -> int:
-        """Number of positions read so far, left padding included."""
+        """Number of positions read so far, including left padding."""
 
     def step(
         self,
@@ -40,8 +40,8 @@ class Decoding(Protocol):
     ) -> Float[Tensor, "batch d_vocab"]:
         """Read further tokens and return the next-token logits.
 
-        ``reads`` see the new queries, at positions counted among all keys; ``edits`` act on this
-        step alone.
+        ``reads`` see the new queries, at positions counted among all keys; ``edits`` apply to this
+        step only.
         """
 
 
@@ -53,19 +53,18 @@ def decoding(
 ) -> Decoding:
     """Start generating with a model.
 
-    With transformers' fused attention each step keeps keys and values and reads only the new
-    tokens. A transformer-lens bridge, and a hybrid whose other layers keep states of their own,
-    read the whole text again at each step: the same numbers, in more time.
+    With transformers' fused attention, each step caches keys and values and reads only the new
+    tokens. A transformer-lens bridge, and hybrids whose other layers have recurrent states, read
+    the whole text again at each step, which gives the same numbers more slowly.
 
     Args:
-        model: as it is; give edits to each step, not by a scope around it.
-        real: of the prompt, False at padding, which must be on the left.
-        prompt: positions from this one on count as decoding, for edits that ask; default: those
-            after the first step.
+        model: model to generate with; pass edits to each step, not through a scope around it.
+        real: padding mask of the prompt, False at padding, which must be on the left.
+        prompt: length of the prompt; later positions count as decoding for edits with a scope.
+            Default: the length of the first step.
 
     Raises:
-        UnsupportedModelError: if the model keeps more than keys and values, or reads texts in both
-            directions.
+        UnsupportedModelError: if the model caches more than keys and values, or is bidirectional.
     """
     need_continuing(model)
     if isinstance(model, HFModel):
@@ -80,7 +79,7 @@ def decoding(
 
 
 def need_continuing(model: HeadModel) -> None:
-    """Refuse a model that does not continue texts.
+    """Raise if a model cannot continue texts.
 
     Raises:
         UnsupportedModelError: for an encoder.
@@ -92,8 +91,8 @@ def need_continuing(model: HeadModel) -> None:
 def end_tokens(model: HeadModel) -> frozenset[int]:
     """End-of-sequence tokens; none without a tokenizer.
 
-    The tokenizer's, and those of the model's generation config, where chat models keep the token
-    that ends a turn.
+    Includes those of the model's generation config, where chat models list the token that ends a
+    turn.
     """
     if model.tokenizer is None:
         return frozenset()
@@ -129,7 +128,7 @@ class _Cached:
     ) -> Float[Tensor, "batch d_vocab"]:
         model = self._model
         tokens = tokens.to(model.device)
-        # All real, it changes nothing, but keeps families from warning of padding.
+        # An all-real mask changes nothing but avoids padding warnings of some families.
         every = torch.ones(len(tokens), self._length + tokens.shape[1], dtype=torch.long)
         inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": every.to(tokens.device)}
         if self._real is not None:

@@ -1,4 +1,4 @@
-"""Verification at load that what headscope reads and writes are the model's real heads.
+"""Verification at load that headscope reads and writes the model's real heads.
 
 In the comparisons that decide, NaN never agrees, and tolerances follow dtype, length and scores.
 """
@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from headscope.views import Unembedding
 
 
-# Roundings between two ways to one number, in units of epsilon: of the number itself, by the root
-# of the number of terms of a sum, and by the size of an attention score (a score ``s`` is off by
-# ``eps * s``, and its weight in a row by that share). Sums in half precision are accumulated in
-# fp32 and rounded once.
+# Rounding between two computations of one number, in units of epsilon: for the number itself, times
+# the root of the number of terms in a sum, and times the size of an attention score (a score ``s``
+# has the error ``eps * s``, and its weight in a row that relative error). Sums in half precision
+# are accumulated in fp32 and rounded once. of the number of terms of a sum, and by the size of an
+# attention score (a score ``s`` is off by ``eps * s``, and its weight in a row by that share). Sums
+# in half precision are accumulated in fp32 and rounded once.
 _SINGLE, _HALF = (32.0, 2.0, 4.0), (8.0, 0.25, 0.5)
-# Cancellation of a logit's terms that is allowed for, at most.
+# Largest allowance for cancellation between a logit's terms.
 _CANCELLED = 30.0
 
 
@@ -46,9 +48,9 @@ class Gap:
     """Difference of two values that should be equal, with its tolerance.
 
     Attributes:
-        size: largest difference, relative to the largest expected number; NaN where either side
-            has one.
-        allowed: largest size that rounding explains.
+        size: largest difference, relative to the largest expected number; NaN if either side
+            contains NaN.
+        allowed: largest size that rounding can explain.
     """
 
     size: float
@@ -66,11 +68,11 @@ class Gap:
 
 
 def gap(actual: Tensor, expected: Tensor, allowed: float) -> Gap:
-    """Compare two tensors of one shape.
+    """Compare two tensors of the same shape.
 
     Args:
-        actual: any shape.
-        expected: of the same shape; NaN on either side makes the gap NaN.
+        actual: tensor of any shape.
+        expected: tensor of the same shape; NaN on either side makes the gap NaN.
         allowed: largest difference, relative to the largest ``expected`` number.
 
     Example:
@@ -80,7 +82,7 @@ def gap(actual: Tensor, expected: Tensor, allowed: float) -> Gap:
     if actual.shape != expected.shape:
         return Gap(math.inf, allowed)
     if expected.numel() == 0:
-        return Gap(math.nan, allowed)  # nothing was seen, so nothing was proved
+        return Gap(math.nan, allowed)  # nothing was compared, so nothing is proved
     exact = torch.promote_types(expected.dtype, torch.float32)  # not every device has float64
     a, e = actual.detach().to(expected.device, exact), expected.detach().to(exact)
     least = float(torch.finfo(torch.float32).tiny)
@@ -88,21 +90,21 @@ def gap(actual: Tensor, expected: Tensor, allowed: float) -> Gap:
 
 
 def rounding(dtype: torch.dtype, terms: int = 1, score: float = 0.0) -> float:
-    """Largest relative difference that rounding explains between two ways to one sum.
+    """Largest relative difference that rounding can cause between two computations of a sum.
 
     Args:
-        dtype: in which it is computed.
-        terms: how many terms it has; errors of terms add up like their root.
-        score: size of the largest attention score behind it.
+        dtype: dtype of the computation.
+        terms: number of terms; errors grow with its square root.
+        score: size of the largest attention score involved.
 
     Returns:
-        At most a half: what differs by more is not rounding in any dtype.
+        A relative tolerance of at most 0.5, since larger differences are not rounding in any dtype.
 
     Example:
         >>> rounding(torch.float32, terms=64) < 1e-4 < rounding(torch.bfloat16) <= 0.5
         True
     """
-    # A model in fp64 still rotates, normalises and takes its softmax in fp32.
+    # fp64 models still compute rotations, norms and softmax in fp32.
     computed = torch.float32 if dtype == torch.float64 else dtype
     itself, by_term, by_score = _SINGLE if computed == torch.float32 else _HALF
     size = itself + by_term * math.sqrt(terms) + by_score * score
@@ -115,15 +117,15 @@ def logit_gap(
     logits: Float[Tensor, "batch *place d_vocab"],
     allowed: float,
 ) -> Gap:
-    """Compare logits made by final norm and unembedding with the model's own.
+    """Compare logits from final norm and unembedding with the model's own.
 
-    Where terms of a logit are larger than the largest logit, because they cancel, rounding is by so
-    much larger too. Models with a large constant in the residual stream have such terms.
+    If terms of a logit cancel and exceed the largest logit, the tolerance grows accordingly. This
+    happens in models with a large constant in the residual stream.
 
     Args:
-        unembedding: of the model.
-        residual: what enters the final norm.
-        logits: the model's own; also ``[batch d_vocab]``, of the first position.
+        unembedding: final norm and unembedding of the model.
+        residual: input of the final norm.
+        logits: the model's own logits; ``[batch d_vocab]`` for only the first position.
         allowed: as in :func:`gap`, for logits whose terms do not cancel.
     """
     found = unembedding.logits(residual)
@@ -142,10 +144,11 @@ class LoadCheck:
     """One check made when a model is loaded.
 
     Attributes:
-        what: what should be equal, in a few words.
-        gap: how far it is apart.
-        costs: what a model loses that fails here, keys of ``model.limits``; none: it is refused.
-        reason: what a failure means, and what to do, as the end of a sentence.
+        what: short description of what should be equal.
+        gap: measured difference.
+        costs: capabilities lost on failure, as keys of ``model.limits``; empty: the model is
+            refused.
+        reason: what a failure means and what to do, as the end of a sentence.
     """
 
     what: str
@@ -164,11 +167,10 @@ class Proof:
     """All checks made when a model was loaded; empty if checking was disabled.
 
     Attributes:
-        tokens: length of the text that it was proved on; of an image, its positions.
-        checks: the worst of each kind over all layers.
-        facts: other things that were seen, as sentences.
-        limits: what failed and cost a capability: reason by capability.
-        remembered: whether it was made by an earlier run, of the same weights, code and device.
+        tokens: length of the text that was used; for an image, its number of positions.
+        checks: worst check of each kind over all layers.
+        facts: other observations, as sentences.
+        limits: capabilities lost to failed checks, with reasons.
     """
 
     tokens: int = 0
@@ -210,33 +212,30 @@ class Proof:
         return cls(int(found["tokens"]), checks, facts, limits)
 
 
-# Proofs of this process, by module, with the weights that they are of.
+# Proofs in this process, by module, with the state of the weights they apply to.
 _PROVED: "WeakKeyDictionary[nn.Module, tuple[object, Proof]]" = WeakKeyDictionary()
-# Numbers of each weight that tell one state of a model from another.
+# Number of sampled entries per weight that identify a model's state.
 _SAMPLED = 64
 
 
 def prove(model: "HFModel | Seq2SeqModel | BridgeModel", *, remember: bool = False) -> None:
     """Check on a text or an image that headscope's view matches the model.
 
-    What was compared is kept in ``model.proof``.
+    The comparisons are stored in ``model.proof``.
 
-    Two passes over a text of 64 to 256 tokens, longer than any window of the model where one fits:
-    the model alone, and the model through headscope. Compared are the logits, every layer's output,
-    ``rows x values`` with ``z``, ``z @ W_O + bias`` with what the output projection returns, final
-    norm and unembedding with the logits, and windows with the masks that the model builds. What
-    fails takes away the capability that needs it, with the reason in ``model.limits``; wrong rows
-    refuse the model. The same weights of the same module are proved once per process.
+    Runs two passes over a text of 64 to 256 tokens, longer than the model's windows if possible:
+    the plain model, and the model through headscope. Compares the logits, every layer's output,
+    ``rows x values`` with ``z``, ``z @ W_O + bias`` with the output projection's output, final norm
+    and unembedding with the logits, and windows with the model's own masks. A failed check removes
+    the capability that needs it, with the reason in ``model.limits``; wrong rows refuse the model.
+    Each module is checked once per process and state of its weights.
 
     Args:
-        model: the model as headscope sees it.
-        remember: for a module that was just read from files: keep the proof in
-            :func:`headscope.base.files.cache_folder`, and take it from there where the digest of
-            the weights, the config, the device, the code and versions are all the same.
+        model: model wrapped by headscope.
 
     Raises:
         ModelLoadError: if the model does not run, or its weights are broken.
-        UnsupportedModelError: if rows or head outputs are not the model's.
+        UnsupportedModelError: if rows or head outputs differ from the model's.
     """
     module, weights = _key(model)
     known = _PROVED.get(module)
@@ -369,7 +368,7 @@ def judge(model: Any, length: int, checks: list[LoadCheck], facts: tuple[str, ..
     """Build a proof from comparisons.
 
     Raises:
-        UnsupportedModelError: if something failed that everything else stands on.
+        UnsupportedModelError: if an essential check failed.
     """
     limits: dict[str, str] = {}
     for check in checks:
@@ -378,7 +377,7 @@ def judge(model: Any, length: int, checks: list[LoadCheck], facts: tuple[str, ..
         if not check.costs:
             raise UnsupportedModelError(
                 f"{model.name} is not supported: {check.what} does not hold on {length} positions "
-                f"(off by {check.gap.size:.2g} of the largest, allowed {check.gap.allowed:.1g})"
+                f"(relative error {check.gap.size:.2g}, tolerance {check.gap.allowed:.1g})"
                 f"{f': {check.reason}' if check.reason else ''}."
             )
         for capability in check.costs:
@@ -387,7 +386,7 @@ def judge(model: Any, length: int, checks: list[LoadCheck], facts: tuple[str, ..
 
 
 def _worst(checks: Iterable[LoadCheck]) -> list[LoadCheck]:
-    """For each kind of check, the one closest to failing."""
+    """The check closest to failing, for each kind."""
     found: dict[str, LoadCheck] = {}
     for check in checks:
         before = found.get(check.what)
@@ -404,7 +403,7 @@ def _share(check: LoadCheck) -> float:
 
 
 def _key(model: Any) -> tuple[nn.Module, object]:
-    """The module that is proved, and what changes when its weights do."""
+    """The module, and a key that changes with its weights."""
     module: nn.Module = model.module
     kind = (type(module), str(getattr(module, "config", "")))
     named = [*module.named_parameters(), *module.named_buffers()]
@@ -416,15 +415,15 @@ def _key(model: Any) -> tuple[nn.Module, object]:
 
 
 def _version(weight: Tensor) -> int:
-    """Torch's counter of writes; a weight that was made in inference mode has none."""
+    """Write counter of a weight in torch; inference tensors have none."""
     return 0 if weight.is_inference() else weight._version
 
 
 @torch.no_grad()
 def _checksums(weights: Sequence[Tensor]) -> list[int]:
-    """Checksums of some numbers of each weight: ``.data`` may be written to past any counter.
+    """Checksums of sampled entries of each weight, since writes to ``.data`` bypass the counter.
 
-    Samples of one device are moved to the host together.
+    Samples from one device are moved to the host together.
     """
     found = [0] * len(weights)
     samples: dict[torch.device, list[tuple[int, Tensor]]] = {}

@@ -1,4 +1,4 @@
-"""``HeadModel``: the interface that the rest of headscope uses to run models."""
+"""``HeadModel``: the interface through which headscope runs models."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -30,26 +30,26 @@ from headscope.views import (
 class AttentionWrite:
     """Map from one layer's head outputs to the residual stream.
 
-    ``sum over heads of z @ W_O + bias``, with ``W_O`` of ``model.output_weights``; where a norm
-    follows attention (gemma2, gemma3, olmo2), that norm of it.
+    ``sum over heads of z @ W_O + bias``, with ``W_O`` from ``model.output_weights``, followed by
+    the norm after attention if there is one (gemma2, gemma3, olmo2).
 
     Attributes:
-        bias: of the output projection, the family's multiplier included.
-        norm: norm after attention, the multiplier in its gain and bias; None where there is none.
+        bias: bias of the output projection, including the family's multiplier.
+        norm: norm after attention, with the multiplier in its gain and bias; None if there is none.
     """
 
     bias: Float[Tensor, " d_model"]
     norm: Norm | None
 
     def read_by(self, direction: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any d_model"]:
-        """Direction that reads ``z @ W_O`` as ``direction`` reads the stream, norm's scale at 1."""
+        """Direction that reads ``z @ W_O`` as ``direction`` reads the stream, at norm scale 1."""
         if self.norm is None:
             return direction
         read = direction * self.norm.gain.float()
         return read - read.mean(-1, keepdim=True) if self.norm.centred else read
 
     def scale(self, head_sum: Float[Tensor, "*any d_model"]) -> Float[Tensor, "*any"]:
-        """Denominator of the norm after attention; 1 where there is none."""
+        """Denominator of the norm after attention; 1 if there is none."""
         if self.norm is None:
             return torch.ones_like(head_sum[..., 0], dtype=torch.float32)
         return self.norm.scale(head_sum)
@@ -59,7 +59,7 @@ class AttentionWrite:
         direction: Float[Tensor, "*any d_model"],
         scale: Float[Tensor, "*any"],
     ) -> Float[Tensor, "*any"]:
-        """What belongs to no head, along a direction: biases of projection and norm."""
+        """Part of the write that no head makes, along a direction: projection and norm biases."""
         constant = self.read_by(direction) @ self.bias.float() / scale
         if self.norm is not None:
             constant = constant + direction @ self.norm.bias.float()
@@ -68,13 +68,13 @@ class AttentionWrite:
     def folded(
         self, W_O: Float[Tensor, "head d_head d_model"]
     ) -> Float[Tensor, "head d_head d_model"]:
-        """Output weights as they reach the stream with the scale of a norm at 1."""
+        """Output weights with a following norm folded in, for a norm scale of 1."""
         return self.vectors(W_O, torch.ones_like(W_O[..., 0]))
 
     def vectors(
         self, writes: Float[Tensor, "*any d_model"], scale: Float[Tensor, "*any"]
     ) -> Float[Tensor, "*any d_model"]:
-        """What ``z @ W_O`` of single heads adds to the stream, with the norm's scale held."""
+        """Contribution of single heads' ``z @ W_O`` to the stream, with the norm's scale frozen."""
         if self.norm is None:
             return writes
         centred = writes - writes.mean(-1, keepdim=True) if self.norm.centred else writes
@@ -83,19 +83,19 @@ class AttentionWrite:
 
 @runtime_checkable
 class HasWrites(Protocol):
-    """The part of a model that knows how heads reach the residual stream."""
+    """A model with measured writes from heads to the residual stream."""
 
     @property
     def shape(self) -> ModelShape:
-        """Gives the layers that have attention."""
+        """Shape, with the layers that have attention."""
 
     @property
     def parts(self) -> Any:
-        """Gives ``attention_write``."""
+        """Parts, with ``attention_write``."""
 
 
 def unmeasured_write(model: HasWrites) -> dict[str, str]:
-    """Limit of a model with a norm after attention that cannot be held fixed; else none."""
+    """Limit of a model whose norm after attention cannot be frozen; empty if it can."""
     try:
         for layer in model.shape.attention_layers:
             model.parts.attention_write(layer)
@@ -109,22 +109,22 @@ def unmeasured_write(model: HasWrites) -> dict[str, str]:
 
 @runtime_checkable
 class LayerView(Protocol):
-    """What one attention layer of a running pass can be asked, once it is complete.
+    """One attention layer of a running pass, once it is complete.
 
     Readers reach it through :class:`headscope.models.taps.TapView`.
     """
 
     def rows(self, query_pos: Int[Tensor, " query"]) -> AttentionRows:
-        """Exact softmax rows of these queries, in fp32."""
+        """Exact softmax rows of some queries, in fp32."""
 
     def values(self) -> Float[Tensor, "batch kv_head key d_head"]:
-        """Value vectors as attention used them."""
+        """Value vectors as used by attention."""
 
     def query_keys(self, query_pos: Int[Tensor, " query"]) -> QueryKeys:
-        """Queries at these positions and keys, as attention used them, in fp32.
+        """Queries at some positions and all keys, as used by attention, in fp32.
 
         Raises:
-            UnsupportedModelError: if this way of running the model does not show them.
+            UnsupportedModelError: if this path does not expose them.
         """
 
 
@@ -132,86 +132,85 @@ class LayerView(Protocol):
 class Edit(Protocol):
     """An intervention on heads during a forward pass.
 
-    ``site`` says what is edited: ``z`` (attention-weighted values ``[batch pos head d_head]``),
+    ``site`` is the edited value: ``z`` (attention-weighted values ``[batch pos head d_head]``),
     ``query``, ``key``, ``value`` (as attention uses them, ``[batch head pos d_head]``, keys and
     values with key/value heads) or ``pattern`` (``[batch head query key]``).
     """
 
     @property
     def site(self) -> Literal["z", "query", "key", "value", "pattern"]:
-        """What is edited."""
+        """Site of the edit."""
 
     @property
     def layers(self) -> frozenset[int]:
-        """Layers that it touches."""
+        """Layers that the edit applies to."""
 
     def __call__(self, layer: int, value: Tensor) -> Tensor:
-        """Return the edited value; the input is left as it is."""
+        """Return the edited value; the input is not modified."""
 
 
 @runtime_checkable
 class ModelParts(Protocol):
-    """What stands between weights and what they do: norms, positions, embedding, first MLP."""
+    """Measured parts around the weights: norms, positions, embedding, first MLP."""
 
     def input_norm(self, layer: int) -> Norm:
         """Norm between the residual stream and one layer's attention, measured.
 
         Raises:
-            UnsupportedModelError: if something else is there.
+            UnsupportedModelError: if it is not a plain norm.
         """
 
     def rotation(self, layer: int) -> Rotation:
-        """Rotary positions of one layer, measured; no planes where there are none.
+        """Rotary positions of one layer, measured; without planes if there are none.
 
         Raises:
-            UnsupportedModelError: if queries and keys are changed by more than a norm and a
-                rotation.
+            UnsupportedModelError: if queries and keys go through more than a norm and a rotation.
         """
 
     def query_key(self, layer: int) -> QueryKey:
-        """What turns queries and keys as weights give them into those of the scores, measured.
+        """Measured map from projected queries and keys to those in attention scores.
 
         Raises:
-            UnsupportedModelError: if it is more than norms, a rotation and constant multipliers.
+            UnsupportedModelError: if there is more than norms, a rotation and constant multipliers.
         """
 
     def need_values(self, layer: int) -> None:
-        """Refuse where the values of a layer are not what its weights give.
+        """Raise if a layer's values are not given by its weights.
 
         Raises:
-            UnsupportedModelError: with the reason.
+            UnsupportedModelError: if they are not, with the reason.
         """
 
     @property
     def embedding(self) -> Float[Tensor, "d_vocab d_model"]:
-        """Token embedding as it enters the first block, without positions.
+        """Token embeddings at the input of the first block, without positions.
 
         Raises:
             UnsupportedModelError: if a norm or a projection is in between.
         """
 
     def first_mlp(self, residual: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
-        """What the first block adds to each row when its attention writes nothing."""
+        """Contribution of the first block to each row when its attention writes nothing."""
 
     def layer_inputs(
         self, tokens: Int[Tensor, "batch pos"], layers: Sequence[int]
     ) -> dict[int, Float[Tensor, "batch pos d_model"]]:
-        """Residual stream that enters each of these layers."""
+        """Residual stream at the input of some layers."""
 
     def attention_write(self, layer: int) -> AttentionWrite:
-        """How head outputs of one layer reach the residual stream.
+        """Map from one layer's head outputs to the residual stream.
 
         Raises:
-            UnsupportedModelError: if what stands in between is not a norm, or cannot be told.
+            UnsupportedModelError: if anything but a norm is in between, or it cannot be measured.
         """
 
 
 @runtime_checkable
 class HeadModel(Protocol):
-    """A language model seen head by head. ``hf.py`` and ``bridge.py`` implement it.
+    """A model with access to its heads, implemented in ``models/hf`` and ``models/bridge``.
 
     Attributes:
-        name: as it was loaded; of an absolute path the last part.
+        name: The name that it was loaded under (the last part of an absolute path).
     """
 
     name: str
@@ -222,19 +221,19 @@ class HeadModel(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go."""
+        """Device of the inputs."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the weights."""
+        """Dtype of the weights."""
 
     @property
     def limits(self) -> Mapping[str, str]:
-        """What this family cannot be asked, and why: e.g. ``{"linear_write": "gemma2 ..."}``."""
+        """Unsupported capabilities with reasons, e.g. ``{"linear_write": "gemma2 ..."}``."""
 
     @property
     def unembedding(self) -> Unembedding:
-        """Current final norm and unembedding: hold it for a call, never longer."""
+        """Current final norm and unembedding; do not keep it beyond a call."""
 
     def forward(
         self,
@@ -246,15 +245,15 @@ class HeadModel(Protocol):
         prompt: int | None = None,
         grad: bool = False,
     ) -> Float[Tensor, "batch at d_vocab"]:
-        """Logits of a run with edits of heads: short for :meth:`run` with edits as writes.
+        """Logits of a run with edits of heads; shorthand for :meth:`run` with edits as writes.
 
         Args:
             tokens: token ids.
             real: False at padding (either side); None means no padding.
-            edits: applied in order.
-            logits_at: positions whose logits are returned; None means all, an empty tensor none.
-            prompt: positions from this one on count as decoding, for edits that ask; default: the
-                whole text is a prompt.
+            edits: edits, applied in order.
+            logits_at: positions of the returned logits; None: all; empty: none.
+            prompt: length of the prompt; later positions count as decoding for edits with a scope.
+                Default: the whole text is the prompt.
             grad: track gradients.
 
         Raises:
@@ -263,7 +262,7 @@ class HeadModel(Protocol):
 
     @property
     def stacks(self) -> Mapping[str, Stack]:
-        """Attention stacks by name; a text model with a single one has it under an empty name."""
+        """Attention stacks by name; a text model with a single stack has it under an empty name."""
 
     def run(
         self,
@@ -276,29 +275,29 @@ class HeadModel(Protocol):
         prompt: int | None = None,
         grad: bool = False,
     ) -> Float[Tensor, "batch at d_vocab"] | None:
-        """Run the model once, reading and writing named points of the computation.
+        """Run the model once, with reads and writes at named points of the computation.
 
-        It runs in evaluation mode and in its own types. At a tap that is both written and read,
-        the reader sees what was written.
+        The model runs in evaluation mode and in its own dtypes. At a tap with both a write and a
+        read, the reader sees the written value.
 
         Args:
             batch: a probe, a :class:`headscope.base.batches.Batch`, or token ids ``[batch pos]``.
-            reads: ``{tap: read}``; ``read(view)`` is called as the pass comes by, with a
-                :class:`headscope.models.taps.TapView` that is valid during the call.
-            writes: ``{tap: write}``; ``write(value, span)`` returns the value to go on with.
+            reads: ``{tap: read}``; ``read(view)`` is called during the pass, with a
+                :class:`headscope.models.taps.TapView` that is valid only during the call.
+            writes: ``{tap: write}``; ``write(value, span)`` returns the replacement value.
             until: tap after which the pass stops.
-            logits_at: positions whose logits are returned; None: all; empty: none, and then the
-                pass stops once every tap was seen.
-            prompt: positions from this one on count as decoding, for writes that ask; default: the
-                whole text is a prompt.
-            grad: track gradients; what reads see is then part of the graph.
+            logits_at: positions of the returned logits; None: all; empty: none, and the pass stops
+                once every tap has been read.
+            prompt: length of the prompt; later positions count as decoding for writes with a scope.
+                Default: the whole text is the prompt.
+            grad: track gradients; values seen by reads are then part of the graph.
 
         Returns:
-            Logits; None where the pass stops earlier or none were asked for.
+            Logits; None if the pass stops earlier or none were requested.
 
         Raises:
-            InputError: if a tap is not one of the model's.
-            UnsupportedModelError: if this family does not show it.
+            InputError: if the model has no such tap.
+            UnsupportedModelError: if this family does not expose a tap.
 
         Example:
             >>> norms = {}
@@ -310,41 +309,41 @@ class HeadModel(Protocol):
         """
 
     def edited(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
-        """Scope in which every pass is edited, also those of generation; restored after."""
+        """Scope in which every pass is edited, including generation."""
 
     def output_weights(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
-        """``W_O`` of one layer, cheaply."""
+        """``W_O`` of one layer, without the other weights."""
 
     def weights(self, layer: int) -> HeadWeights:
-        """All attention weights of one layer; key/value heads not repeated."""
+        """All attention weights of one layer, with key/value heads not repeated."""
 
     @property
     def parts(self) -> ModelParts:
-        """What weight-level readings need besides the weights."""
+        """Measured parts that weight-level analyses need besides the weights."""
 
     def digest(self) -> str:
-        """SHA-256 that stands for all bytes of the weights: which model this was."""
+        """SHA-256 digest of all weights, which identifies the model."""
 
 
 def need_model(model: object) -> None:
-    """Refuse what is not a loaded model, as a name or a module of transformers.
+    """Raise InputError for anything but a loaded model, such as a name or a transformers module.
 
     Raises:
-        InputError: with what to do.
+        InputError: if it is not a loaded model.
 
     Example:
         >>> need_model(hs.load())
     """
     if not hasattr(type(model), "limits") and not hasattr(model, "limits"):
         given = repr(model) if isinstance(model, str) else f"a {type(model).__name__}"
-        raise InputError(f"{given} is not a loaded model: give what hs.load returns.")
+        raise InputError(f"{given} is not a loaded model: pass the result of hs.load.")
 
 
 def lacks(model: HeadModel, need: str) -> str | None:
-    """Return why a model cannot give what is needed; None where it can.
+    """Return why a model lacks a capability; None if it has it.
 
     Args:
-        model: that is asked.
+        model: model to check.
         need: a key of ``model.limits`` (``one_sequence``: keys and queries of one text), or
             ``bidirectional``: queries that see later keys.
 
@@ -361,7 +360,7 @@ def lacks(model: HeadModel, need: str) -> str | None:
 
 
 def views_of(model: Any) -> tuple[HeadModel, ...]:
-    """The attention stacks of a model with several, each as a model; else the model itself.
+    """Attention stacks of a model, each as a model; the model itself if it has only one.
 
     Example:
         >>> views_of(model) == (model,)
@@ -372,15 +371,15 @@ def views_of(model: Any) -> tuple[HeadModel, ...]:
 
 
 def stack_of(model: Any, heads: Heads | None = None, stack: str | None = None) -> HeadModel:
-    """The attention stack that a name or heads choose, as a model.
+    """Attention stack chosen by name or by heads, as a model.
 
     Args:
-        model: of one stack, which is returned as it is, or of several.
-        heads: all of one stack.
-        stack: its name; None: that of the heads.
+        model: model with several stacks; a model with one stack is returned unchanged.
+        heads: heads of a single stack.
+        stack: name of the stack; None: that of the heads.
 
     Raises:
-        InputError: if neither chooses, both choose others, or the model has no such stack.
+        InputError: if the choice is missing or contradictory, or the model has no such stack.
 
     Example:
         >>> stack_of(model, "L0H1") is model
@@ -408,29 +407,29 @@ def stack_of(model: Any, heads: Heads | None = None, stack: str | None = None) -
             "name heads as X0H1."
         )
     raise InputError(
-        f"heads of {', '.join(one or 'no named stack' for one in named)} were given: choose those "
-        f"of one stack ({names}) a call."
+        f"heads of {', '.join(one or 'no named stack' for one in named)} were given: choose heads "
+        f"of one stack ({names}) per call."
     )
 
 
 def embedding_of(model: HeadModel, pooling: str | None = None) -> HeadModel:
-    """The model with its embeddings of whole examples in the place of logits.
+    """Model view that returns embeddings of whole examples in place of logits.
 
-    What it gives at every position is the one vector that it makes of the example.
+    Every position returns the same vector, the example's embedding.
 
     Args:
         model: from :func:`headscope.load`.
-        pooling: which vector; see :class:`headscope.metrics.EmbeddingMetric`.
+        pooling: how the vector is pooled; see :class:`headscope.metrics.EmbeddingMetric`.
 
     Raises:
-        UnsupportedModelError: if the model does not give the vector that was asked for, or is seen
+        UnsupportedModelError: if the model does not provide the requested vector, or is loaded
             through transformer-lens.
     """
     embedded = getattr(model, "embedded", None)
     if embedded is None:
         raise UnsupportedModelError(
-            f"{model.name} is seen through transformer-lens, which gives logits and no embeddings: "
-            "load the transformers model itself."
+            f"{model.name} is loaded through transformer-lens, which returns logits and no "
+            "embeddings: load the transformers model itself."
         )
     found: HeadModel = embedded(pooling)
     return found

@@ -1,6 +1,6 @@
-"""Rotary positions: measured, and extended beyond what a model was made for.
+"""Rotary positions: measurement, and extrapolation beyond the trained length.
 
-What is measured is the turn between the queries that weights give and those in use.
+The measured rotation is the one between projected queries and those used by attention.
 """
 
 from collections.abc import Mapping
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from headscope.models.protocol import HeadModel
 
 
-# Positions that the measurement looks at: from each, the phase of the next is known to within
-# far less than half a turn, so that long ones make the frequency exact and short ones unique.
+# Measured positions. From each, the phase at the next is known to well within half a turn: short
+# distances make the frequency unique, and long ones make it precise. far less than half a turn, so
+# that long ones make the frequency exact and short ones unique.
 POSITIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 
-# A pairing explains as much as the best one if it leaves no more than this many times what that
-# leaves, or than this share of the squared length: rounding of fp32.
+# A pairing is as good as the best one if its residual is at most this multiple of the best
+# residual, or this share of the squared norm (fp32 rounding). leaves, or than this share of the
+# squared length: rounding of fp32.
 _AS_GOOD, _ROUNDED = 2.0, 1e-12
 
 Planes = tuple[tuple[int, ...], tuple[int, ...]]
@@ -39,17 +41,17 @@ def find_rotation(
     """Find the rotation with ``actual = turn(content)`` at every position.
 
     Args:
-        content: queries and keys as the weights give them, at the first of :data:`POSITIONS`.
-        actual: the same as attention used them.
-        tolerance: largest share of the squared length that may stay unexplained.
+        content: projected queries and keys, at the first of :data:`POSITIONS`.
+        actual: the same vectors as used by attention.
+        tolerance: largest share of the squared norm that may stay unexplained.
 
     Returns:
-        The rotation (no planes without rotary positions), or None if no rotation does it, e.g.
-        because queries and keys are normalised in between.
+        The rotation (without planes if there are no rotary positions), or None if no rotation fits,
+        e.g. because queries and keys are normed in between.
     """
     content, actual = content.double(), actual.double()
     if not bool((content.isfinite() & actual.isfinite()).all()):
-        return None  # there is no pairing to choose by
+        return None  # all pairings fit equally
     if Gap(_unexplained(content, actual, actual), tolerance).closed:
         return Rotation((), (), torch.zeros(0, dtype=torch.float64))
     best = _smallest(content, actual)
@@ -66,17 +68,17 @@ def turns(
     actual: Float[Tensor, "vector position d_head"],
     tolerance: float,
 ) -> bool:
-    """Whether a known rotation takes content to actual; arguments as of :func:`find_rotation`."""
+    """Whether a known rotation maps content to actual; arguments as in :func:`find_rotation`."""
     content, actual = content.double(), actual.double()
     turned = _rotated(rotation, content)
     return Gap(_unexplained(content, actual, turned), tolerance).closed
 
 
 def _smallest(content: Tensor, actual: Tensor) -> Planes:
-    """The pairing of fewest coordinates that explains as much as any, up to rounding.
+    """Pairing with the fewest coordinates among those that fit best, up to rounding.
 
-    A pairing of more coordinates than turn explains as much, and by rounding a little more: it has
-    a factor of 1 in every further plane.
+    A pairing of more coordinates than are rotated fits as well, or slightly better through
+    rounding, with a factor of 1 in every extra plane.
     """
     misfits = [(_misfit(p, content, actual), p) for p in _candidates(content.shape[-1])]
     floor = _ROUNDED * float(actual.square().sum())
@@ -101,13 +103,13 @@ def _planes(planes: Planes, x: Tensor) -> Complex[Tensor, "vector position plane
 
 
 def _factors(planes: Planes, content: Tensor, actual: Tensor) -> Complex[Tensor, "position plane"]:
-    """Complex factor per position and plane that takes content to actual, least squares."""
+    """Least-squares complex factor per position and plane that maps content to actual."""
     c, a = _planes(planes, content), _planes(planes, actual)
     return (c.conj() * a).sum(0) / c.abs().square().sum(0).clamp_min(1e-30)
 
 
 def _misfit(planes: Planes, content: Tensor, actual: Tensor) -> float:
-    """Squared length that this pairing leaves unexplained."""
+    """Squared norm that a pairing leaves unexplained."""
     c, a = _planes(planes, content), _planes(planes, actual)
     left = (a - c * _factors(planes, content, actual)).abs().square().sum()
     size = 2 * len(planes[0])
@@ -115,7 +117,7 @@ def _misfit(planes: Planes, content: Tensor, actual: Tensor) -> float:
 
 
 def _frequencies(factors: Complex[Tensor, "position plane"]) -> Float[Tensor, " plane"]:
-    """Angle per position, made more exact at each doubling."""
+    """Angle per position, refined at each doubling."""
     frequency = factors[1].angle()
     for position, factor in zip(POSITIONS[2:], factors[2:], strict=False):
         expected = torch.polar(torch.ones_like(frequency), -frequency * position)
@@ -135,13 +137,13 @@ def _rotated(rotation: Rotation, content: Tensor) -> Float[Tensor, "vector posit
 
 
 def _unexplained(content: Tensor, actual: Tensor, model: Tensor) -> float:
-    """Share of the squared length of ``actual`` that ``model`` leaves; of content if the same."""
+    """Relative squared residual of ``model`` (of ``content`` if it is ``actual`` itself)."""
     against = content if model is actual else model
     return float((actual - against).square().sum() / actual.square().sum().clamp_min(1e-30))
 
 
 def is_rotary(config: Any) -> bool:
-    """Whether a transformers config asks for rotary positions."""
+    """Whether a transformers config has rotary positions."""
     text = config.get_text_config()
     if getattr(text, "alibi", False):
         return False
@@ -149,17 +151,17 @@ def is_rotary(config: Any) -> bool:
 
 
 def _rotations(config: Any) -> list[Mapping[str, Any]]:
-    """Settings of a config's rotations; some have one set for each kind of layer."""
+    """Rotary settings of a config; some have one set per kind of layer."""
     given = getattr(config, "rope_parameters", None) or {}
     nested = [one for one in given.values() if isinstance(one, Mapping)]
     return [one for one in (given, *nested) if "rope_type" in one]
 
 
 def turning_length(config: Any) -> int | None:
-    """Longest text that a model with two sets of rotations (longrope) reads with the first.
+    """Longest text that a model with two sets of rotations (longrope) reads with the first set.
 
     Args:
-        config: of the text model.
+        config: transformers config of the text model.
     """
     longest = getattr(config, "max_position_embeddings", None)
     own = getattr(config, "original_max_position_embeddings", None) or longest
@@ -172,7 +174,7 @@ def turning_length(config: Any) -> int | None:
 
 
 def no_rotation(name: str, config: Any) -> dict[str, str]:
-    """The limit of a model without rotary positions; nothing for one that has them."""
+    """Limit entry for a model without rotary positions; empty for other models."""
     if is_rotary(config):
         return {}
     if getattr(config, "rotary_value", None) is not None:  # roformer
@@ -182,30 +184,30 @@ def no_rotation(name: str, config: Any) -> dict[str, str]:
 
 
 def extrapolate(model: "HeadModel", config: Any) -> None:
-    """Lift the limit on the length of texts; ``shape.trained_ctx`` keeps what it was.
+    """Lift the limit on text length; ``shape.trained_ctx`` keeps the original limit.
 
-    Rotary positions are computed, so any number of them exists; what a model makes of those
-    that training never showed it is another question. Results that used them say so.
+    Rotary positions are computed, so there is no hard limit; how a model behaves at positions that
+    it was not trained on is another question. Results that use such positions are marked.
 
     Args:
-        model: without a limit it stays as it is.
-        config: of transformers.
+        model: model to extend; unchanged if it has no limit.
+        config: transformers config of the model.
 
     Raises:
-        UnsupportedModelError: if positions are looked up in a table, which ends, or if rotations
-            depend on the longest text that the model has read so far.
+        UnsupportedModelError: if positions come from a table of fixed size, or if rotations depend
+            on the longest text that the model has read so far.
     """
     if model.shape.n_ctx is None:
         return
     if not is_rotary(config):
         raise UnsupportedModelError(
-            f"{model.name} ({config.model_type}) looks its positions up in a table of "
-            f"{model.shape.n_ctx}, so there are none beyond: leave extrapolate=True out."
+            f"{model.name} ({config.model_type}) has a table of {model.shape.n_ctx} positions, so "
+            "there are none beyond: leave out extrapolate=True."
         )
     if any(one["rope_type"] == "dynamic" for one in _rotations(config.get_text_config())):
         raise UnsupportedModelError(
-            f"{model.name} ({config.model_type}) rotates by the longest text that it has ever read "
-            f"(rope_type='dynamic'), so beyond {model.shape.n_ctx} tokens a result would depend on "
-            "what ran before: leave extrapolate=True out."
+            f"{model.name} ({config.model_type}) adapts its rotations to the longest text read so "
+            f"far (rope_type='dynamic'), so beyond {model.shape.n_ctx} tokens results would depend "
+            "on earlier calls: leave out extrapolate=True."
         )
     model.shape = replace(model.shape, n_ctx=None, trained_ctx=model.shape.n_ctx)

@@ -1,4 +1,4 @@
-"""Modules as they run: their parameters and digest, what they are called with, their state."""
+"""Running modules: parameters, digests, call arguments and state."""
 
 import hashlib
 import inspect
@@ -19,7 +19,7 @@ from headscope.errors import HeadscopeError, InputError, UnsupportedModelError
 
 
 def put_away(module: nn.Module) -> None:
-    """Unload what a pass that ended early left loaded, as it would have been at its end."""
+    """Unload weights that a pass left loaded because it ended early."""
     for part in submodules(module):
         if "_hf_hook" not in vars(part):
             continue
@@ -43,14 +43,14 @@ def submodules(module: nn.Module) -> list[nn.Module]:
 
 
 def runs_on(module: nn.Module, weight: Tensor) -> torch.device:
-    """Device that a module computes on, wherever its weight is kept."""
+    """Device that a module computes on, regardless of where its weight is stored."""
     device = getattr(_hook(module), "execution_device", None)
     return weight.device if device is None else torch.device(device)
 
 
 @contextmanager
 def at_hand(module: nn.Module) -> Iterator[None]:
-    """Have a module's own weights loaded within a scope."""
+    """Scope in which a module's own weights are loaded."""
     if not _away(module):
         yield
         return
@@ -61,14 +61,14 @@ def at_hand(module: nn.Module) -> Iterator[None]:
 
 
 def parameter(module: nn.Module, name: str) -> Tensor:
-    """A module's weight as it is now, on the device where the module runs."""
+    """Current weight of a module, on the device that it computes on."""
     with at_hand(module):
         weight: Tensor = getattr(module, name)
         return weight.detach()
 
 
 def all_weights(module: nn.Module) -> dict[str, Tensor]:
-    """What ``state_dict`` gives, with the weights that are kept elsewhere read from there."""
+    """The ``state_dict`` of a module, including offloaded weights."""
     weights: dict[str, Tensor] = module.state_dict()
     for path, part in module.named_modules(remove_duplicate=False):
         if not _away(part):
@@ -92,7 +92,7 @@ def _away(module: nn.Module) -> bool:
 
 
 def _hook(module: nn.Module) -> Any:
-    """The hook of accelerate that moves a module's weights; None without one."""
+    """Hook of accelerate that moves a module's weights; None without one."""
     hook = getattr(module, "_hf_hook", None)
     for one in getattr(hook, "hooks", (hook,)):
         if hasattr(one, "execution_device"):
@@ -106,24 +106,24 @@ _ROW = 1 << 14
 
 
 def weight_digest(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and every byte of all weights.
+    """SHA-256 over names, dtypes, shapes and every byte of all weights.
 
-    The bytes enter through XXH3-128, which reads them at the speed of memory: whichever weight
-    changes or moves to another place, the digest is another.
+    The bytes enter through XXH3-128, which runs at memory speed; any change or move of a weight
+    changes the digest.
     """
     return _joined({name: _described(name, value) for name, value in weights.items()})
 
 
 class Digest:
-    """Digest of one model's weights, always of what they are now.
+    """Digest of one model's current weights, with caching.
 
-    Weights in main memory are read each time. Those on another device are copied once; after that
-    a sum over all their bytes, each multiplied by a number of its place, is taken where they are,
-    and only what that shows to have changed is copied again.
+    Weights in main memory are read each time. Weights on another device are copied once; afterwards
+    a position-weighted sum over all their bytes is computed on the device, and only weights whose
+    sum has changed are copied again.
     """
 
     def __init__(self) -> None:
-        """Nothing is known yet."""
+        """Start with an empty cache."""
         self._known: dict[str, tuple[bytes, str]] = {}
 
     def of(self, weights: Mapping[str, Tensor]) -> str:
@@ -151,7 +151,7 @@ def _joined(described: Mapping[str, str]) -> str:
 
 
 def _described(name: str, value: Tensor) -> str:
-    """Name, type, shape and hash of one weight."""
+    """Name, dtype, shape and hash of one weight."""
     bytes_of = xxhash.xxh3_128()
     for part in _bytes(value).split(_CHUNK):
         bytes_of.update(part.cpu().numpy())
@@ -163,9 +163,9 @@ def _bytes(value: Tensor) -> Tensor:
 
 
 def _place_sums(weights: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """Sums over the words of each weight, each times an odd number of its place, modulo 2^64.
+    """Sums over the words of each weight, each times an odd number for its position, modulo 2^64.
 
-    One number for every 128 kB, so that both a change and a move show; all are fetched at once.
+    One sum per 128 kB, which detects both changes and moves; all are fetched at once.
     """
     by_device: dict[torch.device, dict[str, Tensor]] = {}
     for name, value in weights.items():
@@ -191,22 +191,22 @@ def _row_sums(flat: Tensor, factors: Tensor) -> Tensor:
     return torch.cat([(part * factors).sum(1) for part in rows.split(64)])
 
 
-# Stands for a pass that finds out what a model is: no scope edits it.
+# Marks a measurement pass, which scopes do not edit.
 MEASURING = object()
 
 
 class Finished(Exception):  # noqa: N818  # not an error
-    """Raised inside a pass that has nothing left to show."""
+    """Raised inside a pass to stop it once all requested values were read."""
 
 
 @dataclass(eq=False)
 class Use:
-    """Who runs and who edits one module now, through whichever wrapper.
+    """Current passes and edit scopes of one module, across all its wrappers.
 
     Attributes:
-        lock: held by the thread that runs a pass.
+        lock: lock held by the thread that runs a pass.
         scopes: open scopes of edits with the threads that opened them, outermost first.
-        passes: what runs in the thread that holds the lock, innermost last.
+        passes: passes running in the thread that holds the lock, innermost last.
     """
 
     lock: Any = field(default_factory=threading.RLock)
@@ -214,14 +214,14 @@ class Use:
     passes: tuple[tuple[Any, int], ...] = ()
 
     def running(self) -> Any:
-        """The innermost pass of headscope in this thread; None while there is none."""
+        """Innermost headscope pass in this thread; None if there is none."""
         if not self.passes:
             return None
         run, thread = self.passes[-1]
         return run if thread == threading.get_ident() else None
 
     def measuring(self) -> bool:
-        """Whether a measurement runs in this thread, with whatever passes inside it."""
+        """Whether a measurement, including any passes inside it, runs in this thread."""
         return (MEASURING, threading.get_ident()) in self.passes
 
 
@@ -230,7 +230,7 @@ _GUARD = threading.RLock()
 
 
 def use_of(module: Any) -> Use:
-    """Return the state that all wrappers of a module share; a head model shares its body's."""
+    """Return the state shared by a module's wrappers; a model with a head shares its body's."""
     body = getattr(module, "base_model", module)
     with _GUARD:
         return _USES.setdefault(body if isinstance(body, nn.Module) else module, Use())
@@ -238,12 +238,12 @@ def use_of(module: Any) -> Use:
 
 @contextmanager
 def pass_over(module: Any, run: Any = MEASURING) -> Iterator[None]:
-    """Run a module alone, in evaluation mode, uncompiled and in its own types, for one pass.
+    """Run a module exclusively for one pass, in evaluation mode, uncompiled and in its own dtypes.
 
     Args:
-        module: that runs.
-        run: the pass, which the hooks of scopes ask for its positions; None: they find out; by
-            default a measurement, which no scope edits.
+        module: module to run.
+        run: pass whose positions the hooks of edit scopes query; None: they infer them. Default: a
+            measurement, which scopes do not edit.
 
     Raises:
         HeadscopeError: if another thread has a scope of edits open on this module.
@@ -264,7 +264,7 @@ def pass_over(module: Any, run: Any = MEASURING) -> Iterator[None]:
 
 @contextmanager
 def scope_over(module: Any, scope: Any) -> Iterator[None]:
-    """Have a scope of edits known to every pass of a module, and compiled graphs step aside.
+    """Register an edit scope with a module, and disable compiled graphs within it.
 
     Raises:
         HeadscopeError: if another thread has a scope of edits open on this module.
@@ -282,7 +282,7 @@ def scope_over(module: Any, scope: Any) -> Iterator[None]:
 
 @contextmanager
 def held(module: Any) -> Iterator[Use]:
-    """Hold a module's lock; wait for passes of other threads, refuse their scopes of edits.
+    """Hold a module's lock: wait for other threads' passes, raise if they have edit scopes.
 
     Raises:
         HeadscopeError: if another thread has a scope of edits open on this module.
@@ -300,7 +300,7 @@ def held(module: Any) -> Iterator[Use]:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put every submodule in evaluation mode, and those that trained back into training mode."""
+    """Put every submodule in evaluation mode within a scope, then restore training mode."""
     training = [part for part in submodules(module) if part.training]
     try:
         for part in training:
@@ -313,9 +313,9 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def own_types() -> Iterator[None]:
-    """Compute in the types of the tensors: without autocast, and outside of inference mode.
+    """Compute in the tensors' own dtypes: without autocast, and outside inference mode.
 
-    A tensor made in inference mode could never take part in a gradient later.
+    Tensors created in inference mode could not take part in gradients later.
     """
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
@@ -327,16 +327,15 @@ def own_types() -> Iterator[None]:
 
 
 def need_gradients(module: nn.Module, name: str) -> None:
-    """Refuse a module whose weights gradients cannot pass.
+    """Raise if gradients cannot flow through a module's weights.
 
     Raises:
         UnsupportedModelError: if it was made in inference mode.
     """
     if any(weight.is_inference() for weight in module.parameters()):
         raise UnsupportedModelError(
-            f"{name} was made in torch.inference_mode, and gradients, by which weights are told "
-            "apart by heads too, can never pass through it: make it outside, or let headscope.load "
-            "read it by name."
+            f"{name} was created in torch.inference_mode, so gradients, which headscope needs, "
+            "cannot flow through it: create it outside, or let headscope.load read it by name."
         )
 
 
@@ -348,7 +347,7 @@ def _autocast_devices() -> list[str]:
 
 
 class _Counted:
-    """A process-wide switch that is on while anybody needs it and put back after the last."""
+    """Process-wide switch that is on while any user needs it, and restored after the last."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -372,8 +371,8 @@ _EAGER = _Counted()
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Let compiled modules run as Python: a compiled graph has no place for our hooks."""
-    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing it is slow
+    """Run compiled modules as plain Python, since compiled graphs skip hooks."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled then, and the import is slow
         yield
         return
     _EAGER.enter(_eager_stance())
@@ -390,12 +389,12 @@ def _eager_stance() -> Iterator[None]:
 
 
 def accepted(module: Any) -> frozenset[str]:
-    """Names of the arguments that its ``forward`` takes."""
+    """Argument names of a module's ``forward``."""
     return frozenset(inspect.signature(module.forward).parameters)
 
 
 def answer(output: Any) -> Tensor:
-    """What a module says of every position: logits, or its last hidden states without a head."""
+    """Output of a module at every position: logits, or last hidden states without a head."""
     found: Tensor | None = getattr(output, "logits", None)
     return output[0] if found is None else found
 
@@ -406,24 +405,24 @@ def padding(
     first: int = 0,
     turns_at: int | None = None,
 ) -> dict[str, Tensor]:
-    """Arguments that say which tokens are real; positions count them alone, on either side.
+    """Padding arguments of a module; position numbers count only real tokens, on either side.
 
     Args:
         real: False at padding.
-        accepts: names of arguments that the module takes.
+        accepts: argument names that the module takes.
         first: number of the first position; see :func:`first_number`.
-        turns_at: longest text of the first of two sets of rotations (:class:`ModelShape`).
+        turns_at: longest text for the first of two sets of rotations; see :class:`ModelShape`.
 
     Raises:
-        InputError: if the texts need both sets of rotations: a model takes one for a whole batch.
+        InputError: if the texts need both sets of rotations, since a model uses one per batch.
     """
     if turns_at is not None:
         beyond = real.sum(1) > turns_at
         if bool(beyond.any()) and not bool(beyond.all()):
             raise InputError(
                 f"the batch has texts of at most {turns_at} tokens and longer ones, and the model "
-                "rotates a whole batch by the angles of its longest text (longrope): run them "
-                "apart, for example with batch_size=1."
+                "uses one set of rotations per batch (longrope): run them separately, for example "
+                "with batch_size=1."
             )
     inputs = {"attention_mask": real.long()}
     if "position_ids" in accepts:
@@ -433,16 +432,16 @@ def padding(
 
 @torch.no_grad()
 def first_number(module: Any, tokens: Int[Tensor, "batch pos"]) -> int:
-    """Number that a module gives to the position of its first token.
+    """Position number that a module assigns to its first token.
 
-    0, but in families whose table of positions begins with a row for padding (roberta).
+    0, except in families whose position table begins with a padding row (roberta).
 
     Args:
-        module: a transformers model whose ``forward`` takes ``position_ids``.
+        module: transformers model whose ``forward`` takes ``position_ids``.
         tokens: a few ids, none of them padding.
 
     Raises:
-        UnsupportedModelError: if no numbering gives what the model gives by itself.
+        UnsupportedModelError: if no numbering reproduces the model's own output.
     """
     own = answer(module(input_ids=tokens, use_cache=False))
     counted = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
@@ -457,6 +456,6 @@ def first_number(module: Any, tokens: Int[Tensor, "batch pos"]) -> int:
         if bool((logits - own).abs().max() <= 1e-3 * scale):
             return first
     raise UnsupportedModelError(
-        f"{type(module).__name__} numbers its positions in a way that padding cannot be told of: "
-        "give texts of one length."
+        f"{type(module).__name__} numbers its positions in a way that does not support padding: "
+        "give texts of equal length."
     )

@@ -1,4 +1,4 @@
-"""Taps: named points of a model's computation, and what a pass hands to their readers."""
+"""Taps: named points of a model's computation, and the views that their readers receive."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,31 +36,31 @@ SITES: tuple[str, ...] = get_args(Site)
 ATTENTION_SITES = ("query", "key", "value", "pattern", "z")
 RESIDUAL_SITES = ("embed", "resid_pre", "attn_out", "mlp_out", "resid_post", "final_resid")
 _OF_ATTENTION = (*ATTENTION_SITES, "head_sum", "attn_out")
-# Sites of the whole model, which belong to no layer.
+# Sites of the whole model, outside layers.
 _WHOLE = ("embed", "final_resid", "logits")
 
 
 class Tap(NamedTuple):
-    """A site in a layer of a stack: where a pass is read or written.
+    """A site in a layer of a stack, where a pass can be read or written.
 
     Sites and the shapes of their values:
 
-    - ``embed``: what enters the first block, ``[batch pos d_model]``
-    - ``resid_pre``, ``resid_post``: what enters and leaves a block, ``[batch pos d_model]``
+    - ``embed``: input of the first block, ``[batch pos d_model]``
+    - ``resid_pre``, ``resid_post``: input and output of a block, ``[batch pos d_model]``
     - ``query``, ``key``, ``value``: as attention uses them, ``[batch head pos d_head]``, keys and
       values by key/value head
-    - ``pattern``: attention probabilities ``[batch head query key]``; a reader takes rows of it
+    - ``pattern``: attention probabilities ``[batch head query key]``; readers request rows
     - ``z``: attention-weighted values ``[batch pos head d_head]``
     - ``head_sum``: what the output projection makes of ``z``, the sum over heads of ``z @ W_O``
       and its bias, before norms and multipliers, ``[batch pos d_model]``
     - ``attn_out``, ``mlp_out``: what attention and the MLP add to the stream, norms after them and
       multipliers included, ``[batch pos d_model]``
-    - ``final_resid``: what enters the final norm, ``[batch pos d_model]``
+    - ``final_resid``: input of the final norm, ``[batch pos d_model]``
     - ``logits``: ``[batch at d_vocab]``
 
     Attributes:
-        site: see above.
-        layer: the model's own layer number; None at sites of the whole model.
+        site: name of the site.
+        layer: the model's own layer number; None for sites of the whole model.
         stack: name of the attention stack; empty in a model with a single one.
     """
 
@@ -73,11 +73,11 @@ class Tap(NamedTuple):
         return self.site if self.layer is None else f"{self.site} of layer {self.layer}"
 
     def check(self, name: str, shape: ModelShape) -> "Tap":
-        """Return the tap, without the name of the stack, if a model or one of its stacks has it.
+        """Check that a model or one of its stacks has the tap; return it without the stack's name.
 
         Args:
-            name: of the model.
-            shape: of the model.
+            name: name of the model, for messages.
+            shape: shape of the model.
 
         Raises:
             InputError: if it does not.
@@ -93,7 +93,7 @@ class Tap(NamedTuple):
             raise InputError(f"{name} has {here}, not {self.stack!r}.")
         if self.site in _WHOLE:
             if self.layer is not None:
-                raise InputError(f"{self.site} belongs to no layer: write Tap({self.site!r}).")
+                raise InputError(f"{self.site} is not in a layer: write Tap({self.site!r}).")
         elif self.layer is None or not 0 <= self.layer < shape.n_layers:
             raise InputError(
                 f"{self.site} needs a layer of {name}, 0 to {shape.n_layers - 1}; got {self.layer}."
@@ -105,13 +105,13 @@ class Tap(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TapView:
-    """What one tap holds in a running pass. Valid only during the call that receives it.
+    """Value of a tap in a running pass, valid only during the call that receives it.
 
     Attributes:
-        tap: where it is.
-        span: which positions the pass runs, and which of them are decoding.
-        view: the attention layer, at ``z`` and ``pattern``.
-        seen: the value; None where it would be a whole pattern.
+        tap: tap that is read.
+        span: positions that the pass runs, and which of them are decoding.
+        view: attention layer, at the sites ``z`` and ``pattern``.
+        seen: the value; None if it would be a whole pattern.
     """
 
     tap: Tap
@@ -131,7 +131,7 @@ class TapView:
 
     @property
     def value(self) -> Tensor:
-        """The tensor at this tap, shaped as :class:`Tap` says, in the model's type.
+        """Tensor at this tap, with the shape given in :class:`Tap`, in the model's dtype.
 
         A pattern is computed whole when it is asked for: prefer :meth:`rows`.
         """
@@ -182,9 +182,9 @@ class TapView:
         return self._attention.query_keys(query_pos)
 
     def keep_rows(self) -> Callable[[Int[Tensor, " query"]], AttentionRows] | None:
-        """Return what computes rows after the pass too, holding the layer's queries and keys.
+        """Return a function that computes rows also after the pass; it holds the queries and keys.
 
-        None where the model computes whole patterns, which are not to be held: run it again.
+        None if the model computes whole patterns, which should not be kept: run it again.
         """
         keep = getattr(self.view, "keep_rows", None)
         return None if keep is None else keep()
@@ -198,7 +198,7 @@ class TapView:
 
 @runtime_checkable
 class TextBatch(Protocol):
-    """Token sequences and which of their positions are real: a probe is one."""
+    """Token sequences with a padding mask; probes are text batches."""
 
     @property
     def tokens(self) -> Int[Tensor, "batch pos"]:
@@ -213,8 +213,8 @@ class Texts(NamedTuple):
     """Token sequences that are not a probe.
 
     Attributes:
-        inputs: what else the model reads, by the name that its ``forward`` has for it; examples
-            are the first axis.
+        inputs: further inputs of the model, by argument name of its ``forward``; the first axis is
+            examples.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -223,12 +223,12 @@ class Texts(NamedTuple):
 
     @classmethod
     def of(cls, batch: "Batch | TextBatch | Texts | Int[Tensor, 'batch pos']") -> "Texts":
-        """What a run was given, whatever it was given as."""
+        """Convert any accepted input of a run."""
         if isinstance(batch, Tensor):
             return cls(batch)
         if (
             isinstance(batch, Batch) and batch.sequence == PATCHES
-        ):  # whose positions nobody numbered
+        ):  # without explicit position numbers
             return cls(torch.zeros(len(batch), 1, dtype=torch.long), None, batch.inputs)
         if isinstance(batch, Batch):
             beside = {name: one for name, one in batch.inputs.items() if name != TOKENS}
@@ -236,7 +236,7 @@ class Texts(NamedTuple):
         return cls(batch.tokens, batch.real, getattr(batch, "inputs", {}))
 
     def repeated(self, copies: int) -> "Texts":
-        """The whole batch several times over, one copy after another."""
+        """Repeat the whole batch, with copies one after another."""
         inputs = {name: _times(value, copies) for name, value in self.inputs.items()}
         real = None if self.real is None else _times(self.real, copies)
         return Texts(_times(self.tokens, copies), real, inputs)
@@ -253,25 +253,25 @@ Reads = dict[Tap, Read]
 
 @runtime_checkable
 class Reader(Protocol):
-    """Something that reads a pass, and holds what it made of it afterwards."""
+    """Object that reads a pass and holds the results."""
 
     def reads(self, shape: ModelShape) -> Mapping[Any, Read]:
-        """What it reads: functions by tap, or by pairs ``(site, layer)``."""
+        """Read functions by tap, or by pairs ``(site, layer)``."""
 
 
 def at_layers(shape: ModelShape, read: Read, site: str = "z") -> Reads:
-    """One function as the reader of every attention layer.
+    """Use one function as the reader of every attention layer.
 
     Args:
-        shape: of the model.
-        read: function of a :class:`TapView`.
-        site: of attention; at ``z`` a view also has rows, values and matches.
+        shape: shape of the model.
+        read: function that takes a :class:`TapView`.
+        site: attention site; at ``z`` a view also has rows, values, queries and keys.
     """
     return {Tap(site, layer): read for layer in shape.attention_layers}
 
 
 def at_final(read: Callable[[Tensor], Any]) -> Reads:
-    """A function of the residual stream that enters the final norm, as its reader."""
+    """Use a function as the reader of the final norm's input."""
     return {Tap("final_resid"): lambda view: read(view.value)}
 
 
@@ -279,16 +279,17 @@ def at_final(read: Callable[[Tensor], Any]) -> Reads:
 class BlockStates:
     """One block of a running pass: ``leaving = entering + attention + mlp``, up to rounding.
 
-    Valid only during the call that receives it. Each part was recorded where the model computes
-    it; none is the difference of others, but in a block without attention.
+    Valid only during the call that receives it. Each part is recorded where the model computes it,
+    not as a difference, except in blocks without attention.
 
     Attributes:
         layer: the model's layer number.
-        attention: what attention added, a norm after it and multipliers included; None where the
+        attention: contribution of attention, including a norm after it and multipliers; None if the
             block has no attention.
-        mlp: what the MLP (or experts) added; without attention, all that the block added.
-        head_sum: output projection's output, ``sum over heads of z @ W_O``, with its bias and
-            without multipliers; None where the block has no attention.
+        mlp: contribution of the MLP (or experts); without attention, everything that the block
+            adds.
+        head_sum: output of the output projection, ``sum over heads of z @ W_O``, with its bias and
+            without multipliers; None if the block has no attention.
     """
 
     layer: int
@@ -300,11 +301,11 @@ class BlockStates:
 
 
 def at_blocks(shape: ModelShape, read: Callable[[BlockStates], Any]) -> Reads:
-    """A function of whole blocks as their reader, layer by layer as they complete.
+    """Use a function as the reader of whole blocks, called as each block completes.
 
     Args:
-        shape: of the model.
-        read: function of a block's states; its attention layer, if it has one, was read before.
+        shape: shape of the model.
+        read: function of a block's states, called after the readers of its attention layer.
     """
     found: Reads = {}
     for layer in range(shape.n_layers):
@@ -318,14 +319,14 @@ def at_blocks(shape: ModelShape, read: Callable[[BlockStates], Any]) -> Reads:
 
 @dataclass(eq=False)
 class _Gathered:
-    """Keeps what one block reads and writes until it is complete."""
+    """Collects one block's states until it is complete."""
 
     layer: int
     read: Callable[[BlockStates], Any]
     held: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, view: TapView) -> None:
-        """Keep one tap, copied: some families write over what they were given."""
+        """Store a copy of one tap, since some families overwrite their inputs."""
         site, copies = view.tap.site, view.tap.site not in ("resid_pre", "resid_post")
         self.held[site] = view.value.detach().to(torch.float32, copy=copies)
         if site == "resid_post":
@@ -339,7 +340,7 @@ class _Gathered:
 
 @dataclass(frozen=True, eq=False)
 class Edited:
-    """Edits of heads in one layer, in order, as the function that writes their tap."""
+    """Edits of heads in one layer, in order, as the write of their tap."""
 
     layer: int
     edits: tuple[AnyEdit, ...]
@@ -352,20 +353,20 @@ class Edited:
 
     @property
     def heads(self) -> tuple[int, ...] | None:
-        """Heads that are edited; None if an edit does not say."""
+        """Edited heads; None if an edit does not declare them."""
         return edited_heads(self.edits, self.layer)
 
     def acting(self, span: Span) -> "Edited":
-        """Those edits that touch some of the positions that a pass runs."""
+        """Edits that apply to some of a pass's positions."""
         return Edited(self.layer, tuple(edit for edit in self.edits if during((edit,), span)))
 
     def among(self, heads: tuple[int, ...]) -> "Edited":
-        """The same edits for a value that holds some heads alone."""
+        """The same edits for a value that holds only some heads."""
         return Edited(self.layer, tuple(among(edit, self.layer, heads) for edit in self.edits))
 
 
 def writes_of(edits: Sequence[Edit]) -> dict[Tap, Edited]:
-    """Edits of heads by the taps that they write.
+    """Group edits of heads by the taps that they write.
 
     Args:
         edits: applied in order.
@@ -380,10 +381,10 @@ def writes_of(edits: Sequence[Edit]) -> dict[Tap, Edited]:
 def checked_taps(
     taps: Mapping[Any, Any], name: str, shape: ModelShape, writing: bool = False
 ) -> dict[Tap, Any]:
-    """Return functions by tap; plain pairs ``(site, layer)`` are taken as taps.
+    """Validate functions by tap; plain pairs ``(site, layer)`` are converted to taps.
 
     Raises:
-        InputError: if a key names no tap of the model.
+        InputError: if a key is not a tap of the model.
     """
     found = {}
     for key, function in taps.items():
@@ -400,21 +401,22 @@ def checked_taps(
 
 
 def _held(tap: Tap, write: Write) -> Write:
-    """The write, held to what a pass can go on with: same shape, type and device."""
+    """Wrap a write to check that it returns the same shape, dtype and device."""
 
     def held(value: Tensor, span: Span) -> Tensor:
         made: Any = write(value, span)
         if not isinstance(made, Tensor):
             raise InputError(
-                f"the write of {tap} returned {type(made).__name__}: return the tensor to go on "
-                "with."
+                f"the write of {tap} returned {type(made).__name__}: return the replacement tensor."
             )
         if made.shape != value.shape:
             raise InputError(
-                f"the write of {tap} returned {list(made.shape)} for {list(value.shape)}: a write "
-                "keeps the shape."
+                f"the write of {tap} returned {list(made.shape)} for {list(value.shape)}: return "
+                "the same shape."
             )
         kept: Tensor = made.to(value)
-        return kept.contiguous() if tap.site == "z" else kept  # output projections take views of it
+        return (
+            kept.contiguous() if tap.site == "z" else kept
+        )  # output projections create views of it
 
     return held

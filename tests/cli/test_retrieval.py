@@ -163,7 +163,7 @@ def test_mistakes_get_a_sentence(tmp_path: Path) -> None:
         ("retrieval", "--haystack", str(tmp_path / "none.txt")): "cannot be read",
         ("retrieval", "--masking", str(bad)): "bad.yaml",
         ("retrieval", "--lengths", "512"): "reads at most 256",
-        ("retrieval", "--lengths", "512", "--extrapolate"): "looks its positions up",
+        ("retrieval", "--lengths", "512", "--extrapolate"): "has a table of",
         ("retrieval", str(mute)): "needs a tokenizer",
         ("influence", str(tmp_path / "none.jsonl")): "cannot be read",
         ("influence", str(corpus), "--field", "words"): 'under "words"',

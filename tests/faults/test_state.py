@@ -755,7 +755,7 @@ def test_b10_a_model_made_in_inference_mode_is_read_but_for_gradients() -> None:
         lambda: hs.prune(model, ["L0H1"]),
     ]
     for ask in asks:
-        with pytest.raises(hs.HeadscopeError, match=r"made in torch\.inference_mode"):
+        with pytest.raises(hs.HeadscopeError, match=r"created in torch\.inference_mode"):
             ask()
     assert hs.circuits.ov(named).norm().shape == (named.shape.n_layers, named.shape.n_heads)
 

@@ -199,7 +199,7 @@ def test_stacks_say_what_the_shape_says() -> None:
         (("resid_mid", 0), "unknown site 'resid_mid'; did you mean"),
         (("z", 9), "needs a layer of .*, 0 to 2; got 9"),
         (("z",), "needs a layer"),
-        (("embed", 1), "belongs to no layer"),
+        (("embed", 1), "is not in a layer"),
         (("z", 0, "cross"), "single attention stack"),
     ],
 )
