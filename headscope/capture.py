@@ -320,7 +320,7 @@ def losses_by_position(
 
     Args:
         model: from :func:`headscope.load`.
-        probe: with targets; -1 where there are none.
+        probe: with targets; -1 if there are none.
         edits: head edits.
 
     Example:
@@ -357,7 +357,7 @@ def loss_sum(
     Args:
         model: from :func:`headscope.load`.
         probe: texts.
-        targets: token asked for at every position; -1 where there is none.
+        targets: token asked for at every position; -1 if there is none.
         reads: what else to read of the pass.
         writes: what to change in it.
 
@@ -419,8 +419,8 @@ def final_rows(
         writes: what to change in it.
 
     Returns:
-        Rows in fp32 and the unembedding; the model's own logits and None where its unembedding
-        cannot be read.
+        Rows in fp32 and the unembedding; the model's own logits and None if its unembedding cannot
+        be read.
 
     Example:
         >>> rows, unembedding = hs.capture.final_rows(model, probe, probe.targets >= 0)
@@ -509,10 +509,10 @@ def collect(
 
     Args:
         model: the model.
-        probe: what to run.
-        layers: which layers; default: all with attention.
+        probe: examples to run.
+        layers: layers to use. Default: all with attention.
         heads: which heads of each; default: all.
-        stack: which stack, in a model with several.
+        stack: attention stack, in a model with several.
         batch_size: examples per pass.
 
     Returns:
@@ -570,8 +570,8 @@ def embeddings(
 
     Args:
         model: the model; needs no attention heads.
-        probe: what to run.
-        pooling: which vector; see :class:`headscope.metrics.EmbeddingMetric`.
+        probe: examples to run.
+        pooling: how the vector is pooled; see :class:`headscope.metrics.EmbeddingMetric`.
         batch_size: examples per pass.
 
     Raises:

@@ -234,7 +234,7 @@ class _Processor:
     def _read(
         self, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, z: Tensor
     ) -> None:
-        """Hand over exact rows, in fp32, some queries at a time."""
+        """Pass exact fp32 rows to the reader, a few queries at a time."""
         assert self.read is not None  # noqa: S101  # asked for where there is a reader
         row = 4 * query.shape[0] * query.shape[1] * key.shape[2]
         size = max(1, _ROWS_BYTES // row)

@@ -597,7 +597,7 @@ def entmax(
     the best get 0.
 
     Args:
-        heads: which heads.
+        heads: heads to use.
         alpha: 1, or at least 1.01; a number for all, or one for every head, which may require a
             gradient.
         positions: query positions; None: all.
@@ -644,7 +644,7 @@ def top_k(
     On ties the earlier key is kept.
 
     Args:
-        heads: which heads.
+        heads: heads to use.
         k: at least 1; queries that see fewer keys keep all.
         positions: query positions; None: all.
         scope: ``prefill``, ``decode`` or ``all``.
@@ -997,11 +997,11 @@ def redistribute(
     that gives its targets nothing stays as it is. A key that is both counts as a target.
 
     Args:
-        heads: which.
+        heads: heads to use.
         source: keys that lose attention; what is generated later is none.
         target: keys that gain it.
-        share: of the sources' attention, 0 to 1.
-        positions: of the queries; None: all.
+        share: share of the sources' attention, 0 to 1.
+        positions: positions of the queries; None: all.
         scope: ``prefill``, ``decode`` or ``all``.
 
     Raises:
@@ -1055,11 +1055,11 @@ def scale_keys(
     """Attention to some keys is multiplied after the softmax; rows are not made to sum to 1 again.
 
     Args:
-        heads: which.
-        keys: which keys, e.g. the tokens of a concept in the text that cross-attention reads.
+        heads: heads to use.
+        keys: keys to use, e.g. the tokens of a concept in the text that cross-attention reads.
         factor: 1 changes nothing, 0 takes these keys out, less turns what they add around; a
             number for all, or one for every head.
-        positions: of the queries; None: all.
+        positions: positions of the queries; None: all.
 
     Example:
         >>> edit = hs.edits.scale_keys("L0H0", torch.tensor([[True, False]]), -2.0)
@@ -1090,7 +1090,7 @@ def attend_to_first(
     """Put all attention on each example's first real token, where idle heads rest.
 
     Args:
-        heads: which heads.
+        heads: heads to use.
         real: the probe's real positions.
         positions: query positions; None: all.
 

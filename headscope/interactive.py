@@ -60,7 +60,7 @@ def attention_example(
         model: from :func:`headscope.load`.
         text: text to read; default: two repeated sentences, or repeated random tokens if the model
             has no tokenizer.
-        heads: which heads; default: all.
+        heads: heads to use. Default: all.
         length: number of tokens to keep from the start of the text; default: the context, at most
             1024.
 

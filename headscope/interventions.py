@@ -55,7 +55,7 @@ def _summed(z: Tensor, real: Tensor, per_position: bool) -> Tensor:
 def _averaged(
     sums: Mapping[int, Tensor], real: Tensor, per_position: bool
 ) -> dict[int, Float[Tensor, "*pos head d_head"]]:
-    """Divide sums by the number of real positions; 0 where there are none."""
+    """Divide sums by the number of real positions; 0 if there are none."""
     counts = real.sum(0)[:, None, None] if per_position else real.sum()
     return {layer: s / counts.to(s.device).clamp_min(1) for layer, s in sums.items()}
 
@@ -108,7 +108,7 @@ def head_values(
         tokens: one batch, kept whole.
         real: False at padding.
         site: see :class:`headscope.edits.HeadEdit`.
-        layers: which layers; default: all with attention.
+        layers: layers to use. Default: all with attention.
         inputs: model inputs other than tokens.
 
     Returns:
@@ -614,7 +614,7 @@ class Redistribute(Intervention):
         target: keys that gain attention: a mark of the probe, or positions of it.
         source: keys that lose it: ``first``, the first token of each text; ``rest``, all but the
             targets; a mark of the probe, or positions of it.
-        share: of the sources' attention that is moved, 0 to 1.
+        share: share of the sources' attention that is moved, 0 to 1.
 
     Example:
         >>> moved = hs.interventions.Redistribute("second_copy", share=0.3)
@@ -629,7 +629,7 @@ class Redistribute(Intervention):
     name: ClassVar[str] = "redistribute"
 
     def __post_init__(self) -> None:
-        """Refuse what is not a share.
+        """Raise InputError for anything but a share.
 
         Raises:
             InputError: if it is not a number from 0 to 1.

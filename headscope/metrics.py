@@ -50,9 +50,9 @@ class LogitRows:
     """Logits at the positions that a metric reads, one row each, in fp32.
 
     Attributes:
-        targets: -1 where there is none.
-        foils: None where the probe has none.
-        clean: logits of the unedited run; None where the metric does not ask for them.
+        targets: -1 if there is none.
+        foils: None if the probe has none.
+        clean: logits of the unedited run; None if the metric does not ask for them.
     """
 
     logits: Float[Tensor, "row d_vocab"]
@@ -75,7 +75,8 @@ class Metric(Specified):
         needs: which of ``target``, ``foil`` and ``clean`` the logits are compared with;
             ``embedding`` for a metric of embeddings instead of logits, ``pair`` for one that
             compares an example with its partner.
-        mark: which positions it reads; None: those with a target (and a foil, if it needs one).
+        mark: mark of the positions that it reads; None: those with a target (and a foil, if it
+            needs one).
     """
 
     spec: ScoreSpec
@@ -378,11 +379,11 @@ class EmbeddingMetric(Metric):
     """Metric of one embedding per example, without logits.
 
     Attributes:
-        pooling: which vector: ``own``, the one that the model itself returns (``image_embeds``,
-            ``text_embeds``, ``pooler_output``); ``first``, the first position of the last hidden
-            states (a class token); ``mean``, their mean over real positions; None: ``own`` for
-            image models and causal text models that return one, otherwise ``first`` for an image
-            and ``mean`` for a text.
+        pooling: how the vector is pooled: ``own``, the one that the model itself returns
+            (``image_embeds``, ``text_embeds``, ``pooler_output``); ``first``, the first position of
+            the last hidden states (a class token); ``mean``, their mean over real positions; None:
+            ``own`` for image models and causal text models that return one, otherwise ``first`` for
+            an image and ``mean`` for a text.
     """
 
     pooling: str | None = None

@@ -191,7 +191,7 @@ def plan(
     Args:
         shape: a name of :data:`headscope.planning.SHAPES`, a Hugging Face name or folder whose
             config is read, ``"layers=32,heads=32,kv_heads=8,d_model=4096,..."``, or the sizes.
-        study: which study.
+        study: name of the study.
         examples: number of examples.
         length: tokens per example.
         queries: positions whose rows a scan reads; default: all.

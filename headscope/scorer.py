@@ -125,7 +125,7 @@ def _own_control(probe: Probe) -> Probe | None:
 
 
 def other_examples(probe: Probe) -> Probe:
-    """Choose another example of the same length for each; ``alone`` is 1 where there is none.
+    """Choose another example of the same length for each; ``alone`` is 1 if there is none.
 
     The choice is the next example in the order of their tokens, so it does not depend on the order
     of the examples.
@@ -169,7 +169,7 @@ class Scorer(Specified):
             (renormalised without the first position) or ``rows_value_weighted``; ``outputs`` of
             the heads; ``qk``: scores before the softmax; ``weights`` alone; ``gradients`` of
             ``metric`` by the outputs.
-        queries: which queries count.
+        queries: selects the queries that count.
         probe: kind of probe that it is meant for; None: it needs none.
         control: what the null is; None for no null.
         per_final_scale: the engine divides by the final norm's scale at each query.
@@ -182,7 +182,7 @@ class Scorer(Specified):
             ``bidirectional`` where queries must; ``one_sequence`` where keys and queries must be
             positions of one text, as they are not in cross-attention; ``text`` where the order of
             tokens has a meaning, and ``patches`` where places in an image have.
-        metric: whose gradients are read.
+        metric: metric whose gradients are read.
         bounds_of: bounds that depend on the model, by its weights; None: those of ``spec``.
     """
 
@@ -468,7 +468,7 @@ def gradient_scorer(
         metric: the metric to differentiate, example by example; see :mod:`headscope.metrics`.
         unit: unit of the value; default: the metric's.
         bounds: smallest and largest possible value, as in :class:`Scorer`.
-        queries: which queries count.
+        queries: selects the queries that count.
         probe: default kind of probe.
         needs: capabilities the model must have.
         declared: other fields of the spec.

@@ -173,8 +173,8 @@ class _Task(ABC):
     """A training task: parameters by name, and the cost of some examples.
 
     Attributes:
-        model: that runs; a copy where its weights are trained.
-        metric: that is to become good.
+        model: model to run; a copy if its weights are trained.
+        metric: metric to optimise.
         sign: 1 where lower is better.
     """
 

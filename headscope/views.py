@@ -22,11 +22,11 @@ class AttentionRows:
     Attributes:
         layer: the model's layer number.
         query_pos: position of each row's query.
-        pattern: softmax probabilities in fp32; rows sum to 1, less what a learned sink takes;
-            0 where a key is not visible. The key axis starts at position 0 and may end before
-            the text does, at the last key that any of these queries can see.
-        visible: which keys the query may see: mask rule and padding together.
-            Padding queries see themselves alone and are in no mean.
+        pattern: softmax probabilities in fp32; rows sum to 1 minus the share of a learned sink; 0
+            where a key is not visible. The key axis starts at position 0 and may end before the
+            text does, at the last key that any of these queries can see.
+        visible: keys that each query may see, by mask rule and padding. Padding queries see
+            themselves alone and are in no mean.
         mask: rule of the layer, padding apart.
 
     Under a window few keys of a long text are visible. :attr:`held` and :attr:`held_visible` are
@@ -84,7 +84,7 @@ class AttentionRows:
 
         Args:
             pattern: over the keys of :attr:`held`.
-            visible: likewise; default: as it is.
+            visible: mask of visible keys. Default: unchanged.
         """
         shown = self.held_visible if visible is None else visible
         if self.first_key == 0:
@@ -382,7 +382,7 @@ class QueryKeys:
         query, key: in fp32, as attention used them: rotated, normalised.
         scaling: multiplier of the products.
         soft_cap: scores become ``soft_cap * tanh(score / soft_cap)`` where it is given.
-        visible: which keys each query sees: order, window and padding together.
+        visible: keys that each query sees, by order, window and padding.
         rotation: how positions turned them; only for scorers that need ``rotary``.
         bias: what is added to the products, e.g. by relative position.
     """
@@ -583,7 +583,7 @@ class HeadOutputs:
         make_rows, make_values, make_query_keys: give attention rows, values, queries and keys to a
             scorer that asks.
         write_scale: denominator of a norm that follows attention, in this run, held fixed; that
-            norm's gain and centring are in ``W_O``. None where no norm follows attention.
+            norm's gain and centring are in ``W_O``. None if no norm follows attention.
     """
 
     layer: int

@@ -1319,7 +1319,7 @@ def _known(example: int, head: str | tuple[int, int], scores: HeadScores, texts:
     """A head, validated with the text in which it is asked for.
 
     Args:
-        example: which text.
+        example: index of the text.
         head: such as ``L1H2``.
         scores: of all heads.
         texts: how many there are.
@@ -1392,10 +1392,10 @@ class ImageAttention(Composed, Saved, Shown, Tabular):
         """Attention of one head laid onto a picture.
 
         Args:
-            example: which text.
+            example: index of the text.
             head: such as ``L1H2``.
             query: position that looks; None: mean over all of the text's queries.
-            image: which of the text's pictures.
+            image: index of the picture in the text.
             rows: cells from top to bottom into which the picture is cut.
             columns: cells from left to right.
 
@@ -1739,7 +1739,7 @@ class OcrHeads(Composed, Saved, Shown, Tabular):
         """Box that a head attends to most at each generated token; None if it is not on a picture.
 
         Args:
-            example: which text.
+            example: index of the text.
             head: such as ``L1H2``.
             keys: of the probe.
 

@@ -572,7 +572,7 @@ class MetricReading:
 
         Args:
             logits: logits at some of the positions that the metric reads.
-            number: which of them; default: all of one run.
+            number: index. Default: all of one run.
         """
         probe, device = self.probe, logits.device
         return LogitRows(

@@ -327,12 +327,12 @@ def ablate_heads(
 
     Args:
         model: from :func:`headscope.load`.
-        probe: what to run.
-        metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
-        method: see above.
-        heads: which heads; default: all. In a model with several attention stacks all must be of
+        probe: examples to run.
+        metric: metric from :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
+        method: intervention, as above.
+        heads: heads to use. Default: all. In a model with several attention stacks all must be of
             one stack, e.g. ``["X0H1"]``.
-        stack: which stack of such a model, e.g. ``"cross"``.
+        stack: attention stack of such a model, e.g. ``"cross"``.
         positions: where to ablate: a mark of the probe, or ``[batch pos]``; default: everywhere.
         reference: for a named method, the probe that means and other examples come from; default:
             the probe itself.
@@ -396,8 +396,8 @@ def estimate_heads(
 
     Args:
         model: from :func:`headscope.load`.
-        probe: what to run.
-        metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``; must be
+        probe: examples to run.
+        metric: metric from :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``; must be
             differentiable.
         baseline: the ablation to estimate: an intervention, or its name in :func:`ablate_heads`.
         steps: 1, or the number of points along the path.
@@ -461,8 +461,8 @@ def screen_heads(
 
     Args:
         model: from :func:`headscope.load`.
-        probe: what to run.
-        metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``; must be
+        probe: examples to run.
+        metric: metric from :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``; must be
             differentiable.
         top: number of heads with the largest estimates to measure.
         sample: number of heads to draw from the others.

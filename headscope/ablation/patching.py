@@ -69,17 +69,17 @@ def patch_activations(
     Args:
         model: the model.
         probe: with a ``corrupt`` pair.
-        metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
-        axes: of the grid: ``("layer", "head")``; ``("layer", "position")``, all heads of a layer
-            at once; or all three. Without ``position``, every position is patched, or those that
-            ``positions`` marks.
+        metric: metric from :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
+        axes: axes of the grid: ``("layer", "head")``; ``("layer", "position")``, all heads of a
+            layer at once; or all three. Without ``position``, every position is patched, or those
+            that ``positions`` marks.
         site: ``z``, ``query``, ``key``, ``value`` or ``pattern``; at ``key`` and ``value`` the
             heads are key/value heads.
-        direction: see above.
+        direction: ``noise`` or ``denoise``, as above.
         positions: with a ``position`` axis, the marks along it (default: every position).
         batch_size: examples per recorded pass.
         memory: what a stack of variants may take.
-        progress: show a bar.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
         InputError: if the probe has no aligned pair.
@@ -242,7 +242,7 @@ def path_patch(
     Args:
         model: the model.
         probe: with a ``corrupt`` pair.
-        metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
+        metric: metric from :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
         receivers: receiving heads; None: the logits.
         entry: input of the receivers: ``"query"``, ``"key"`` or ``"value"``. Keys and values belong
             to the whole key/value head.
@@ -372,15 +372,15 @@ def patch_stream(
     Args:
         model: the model.
         probe: with a ``corrupt`` pair, aligned with it token by token.
-        metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
+        metric: metric from :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
         site: ``resid_pre`` and ``resid_post``, the stream before and after a block; ``attn_out``
             and ``mlp_out``, what its attention and its MLP add.
-        layers: which; default: all that have the site.
+        layers: layers to use. Default: all that have the site.
         positions: marks along the axis of positions; default: every position of the batch.
-        direction: see above.
+        direction: ``noise`` or ``denoise``, as above.
         batch_size: examples per pass.
         memory: what a stack of passes may take.
-        progress: show a bar.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Returns:
         Axes ``layer`` and ``position``; NaN for examples that have only padding there.
@@ -445,7 +445,7 @@ def _layers(model: HeadModel, site: str, layers: Sequence[int] | None) -> list[i
     if layers is not None:
         chosen = [int(layer) for layer in layers]
         if not chosen or len(set(chosen)) < len(chosen):
-            raise InputError(f"layers={list(layers)}: name each layer once, one at least.")
+            raise InputError(f"layers={list(layers)}: name each layer once, at least one.")
     return chosen
 
 
@@ -550,7 +550,7 @@ def back_patch(
     Args:
         model: the model.
         probe: with targets; one position of each example is marked ``at``.
-        metric: of :mod:`headscope.metrics`; higher must be better.
+        metric: metric from :mod:`headscope.metrics`; higher must be better.
         at: name of the mark.
         layers: sources and destinations; default: all.
         heads: copy only outputs ``z`` of these heads, for every pair of layers.
@@ -698,8 +698,8 @@ def restore(
     the query.
 
     Args:
-        model: of :func:`headscope.load`, or a language model of transformers, with or without
-            attention (Mamba, hybrids).
+        model: model from :func:`headscope.load`, or a language model of transformers, with or
+            without attention (Mamba, hybrids).
         probe: with a ``corrupt`` pair; without padding.
         metric: default: probability of the answer.
         positions: marks; default: all that the probe has.

@@ -26,7 +26,7 @@ from jaxtyping import AbstractArray
 from headscope.errors import InputError, nearest, whole
 
 F = TypeVar("F", bound=Callable[..., Any])
-# Says why a value is not of a kind; None where it is.
+# Says why a value is not of a kind; None if it is.
 ArgumentCheck = Callable[[str, Any], str | None]
 
 OPTIONS = ("batch_size", "memory", "seed", "progress")
@@ -132,7 +132,7 @@ def _hint(annotation: Any, function: Callable[..., Any]) -> Any:
 
 
 def _check(hint: Any) -> ArgumentCheck | None:
-    """The check of an annotation; None where it admits what is not looked at here."""
+    """The check of an annotation; None if it admits what is not looked at here."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return _union([_check(member) for member in get_args(hint)], hint)

@@ -32,7 +32,7 @@ class Batch:
         inputs: tensors by the name that the model's ``forward`` has for them.
         masks: for every sequence, False at padding; ``text`` is that of ``input_ids``, ``patches``
             that of ``pixel_values``. A sequence without one has no padding.
-        targets: token that each position should predict; -1 where none is asked for; None where
+        targets: token that each position should predict; -1 where none is asked for; None if
             nothing is.
 
     Example:
@@ -99,10 +99,10 @@ class Batch:
         if segments is not None and bool((_of_shape(SEGMENTS, segments, tokens) * real).any()):
             raise InputError(
                 f"{SEGMENTS!r} names second segments, and headscope reads texts of one: give each "
-                "text an example of its own."
+                "text as a separate example."
             )
         if unknown := sorted(set(inputs) - {TOKENS, MASK, SEGMENTS, *seen}):
-            hint = ": give targets=, -1 where there is none" if unknown[0] == "labels" else ""
+            hint = ": give targets=, -1 if there is none" if unknown[0] == "labels" else ""
             raise InputError(
                 f"headscope hands a model {TOKENS!r} and {MASK!r}, and cannot hand it "
                 f"{unknown[0]!r}{hint}."
@@ -149,7 +149,7 @@ class Batch:
 
     @property
     def real(self) -> Bool[Tensor, "batch pos"] | None:
-        """False at padding; None where there is none."""
+        """False at padding; None if there is none."""
         return self.masks.get(self.sequence)
 
     def repeated(self, copies: int) -> "Batch":
@@ -248,8 +248,8 @@ class Batch:
         """Label of each position of an example in plots.
 
         Args:
-            tokenizer: that says what a token stands for; None: its id does.
-            example: which.
+            tokenizer: tokenizer that decodes tokens; None: show ids.
+            example: index of the example.
 
         Example:
             >>> Batch.tiny(100).labels(None)

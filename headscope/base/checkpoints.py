@@ -118,7 +118,7 @@ class AdamRun:
     Attributes:
         kept: checkpoint to write to; it may be one that saves nothing.
         parameters: trainable leaf tensors by name; restored from the checkpoint if there is one.
-        rate: of Adam.
+        rate: learning rate of Adam.
         steps: total number of steps.
         every: steps between two writes; the last step is also written.
         draws: random generator whose state is saved; None: no randomness.

@@ -179,7 +179,7 @@ def whole_page(target: Path, page: str, asked: Mapping[str, Any] | None = None) 
     """Write an HTML page atomically.
 
     Args:
-        target: of the page.
+        target: target of the page.
         page: as HTML.
         asked: what it was made from, kept in it for :func:`check_page`.
 
@@ -301,7 +301,7 @@ class FolderClaim:
 
     Attributes:
         path: the folder.
-        kind: of run: the command's name.
+        kind: kind of run, the command's name.
         overwrite: whether another run's results may be replaced.
         asked: what the run was asked for, as JSON values; None until it is known.
     """
@@ -389,8 +389,8 @@ def _holds(kind: str) -> str:
 def occupant(folder: Path) -> tuple[str, dict[str, Any] | None] | None:
     """Kind and settings of the run in a folder; None if there is none.
 
-    The kind is empty where there are results that do not say; the settings are None where only
-    parts of an unfinished run stand there.
+    The kind is empty where there are results that do not say; the settings are None if only parts
+    of an unfinished run stand there.
     """
     if (folder / "manifest.json").exists():
         return "sweep", None
@@ -444,7 +444,7 @@ def read_parquet(
     Words are kept as a dictionary, so a long one that stands in every row is held once.
 
     Args:
-        path: of the file.
+        path: path of the file.
         columns: to read; default: all.
 
     Raises:
@@ -465,7 +465,7 @@ def read_part(file: Path, *, again: str = "run the same again") -> "pyarrow.Tabl
     """Read a partial result of an earlier run, within the same limits.
 
     Args:
-        file: of the part.
+        file: file of the part.
         again: what to do once a damaged part is deleted.
 
     Raises:
@@ -481,7 +481,7 @@ def readable(file: Path, *, again: str = "run the same again") -> Iterator[None]
     """Context manager that turns errors of damaged files into messages; missing files still raise.
 
     Args:
-        file: of the part.
+        file: file of the part.
         again: what to do once it is deleted.
 
     Raises:
@@ -585,7 +585,7 @@ class Saved(Stored):
         """Save as one safetensors file, atomically.
 
         Args:
-            path: of the file; what is there is replaced.
+            path: path of the file; an existing file is replaced.
         """
         from safetensors.numpy import save
 

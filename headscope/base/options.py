@@ -140,7 +140,7 @@ def _watched() -> bool:
 
 
 def _plain_notebook() -> bool:
-    # In a notebook rich draws bars with ipywidgets, and warns in the cell where there is none.
+    # In a notebook rich draws bars with ipywidgets, and warns in the cell if there is none.
     return "ipykernel" in sys.modules and find_spec("ipywidgets") is None
 
 
@@ -241,11 +241,11 @@ class RunOptions:
     """Options of a run, validated once and passed on as one value.
 
     Attributes:
-        batch_size: examples per pass; None: as many as the measurement finds suitable. Changes
-            nothing but time and memory.
+        batch_size: examples per pass; None: as many as the measurement finds suitable. Affects only
+            time and memory.
         memory: bytes that a chunk or a stack may take, or a text such as ``"2GB"``; None: what
             suits the device.
-        seed: of everything that is drawn; 0 or more.
+        seed: seed for all sampling; 0 or more.
         progress: show a progress bar. None: only in a terminal or notebook, after 2 s.
 
     Raises:
@@ -289,7 +289,7 @@ class RunOptions:
 
         Args:
             length: tokens of one example.
-            tokens: that one pass should have.
+            tokens: number of tokens per pass.
         """
         return self.batch_size or max(1, tokens // length)
 

@@ -56,7 +56,7 @@ class Drawn:
     """Reference to a named figure, drawn in the page's themes.
 
     Attributes:
-        name: of the figure; where no figure has it, nothing is shown.
+        name: name of the figure; if no figure has it, nothing is shown.
         said: what it shows, for readers who cannot see it.
         caption: what to look for; default: the same.
     """

@@ -24,10 +24,11 @@ class ScoreSpec(Stored):
 
     Attributes:
         name: column name in a table.
-        unit: of the values, e.g. ``attention`` (probability), ``nats``, ``logits``, ``tokens``.
-        bounds: smallest and largest possible value; None where there is none.
+        unit: unit of the values, e.g. ``attention`` (probability), ``nats``, ``logits``,
+            ``tokens``.
+        bounds: smallest and largest possible value; None if there is none.
         direction: which values mean more of what the name says (a score) or a better model (a
-            metric): ``higher`` or ``lower``; None where that is not known.
+            metric): ``higher`` or ``lower``; None if that is not known.
         source: paper and definition.
         threshold: mean from which a significant head has the role of this name; None: no role.
         alternative: what a score is tested against: ``greater`` than its control, or
@@ -196,9 +197,9 @@ class Provenance(Stored):
         dtype: type of the weights, e.g. ``float32``.
         device: kind of device, e.g. ``cpu``.
         probe: kind of probe and the settings that made it.
-        control: what the null was: ``flat``, ``unrepeated``; None where there was none.
-        seed: of the probe; None where nothing was drawn.
-        versions: of the packages that computed it.
+        control: what the null was: ``flat``, ``unrepeated``; None if there was none.
+        seed: seed of the probe; None if it has no random part.
+        versions: versions of the packages that computed it.
         attention: how the rows were computed.
         checks: what was measured to prove that an intervention did what it says.
     """

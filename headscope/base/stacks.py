@@ -19,8 +19,8 @@ class PatchGrid(Stored):
 
     Attributes:
         rows, columns: patches from top to bottom and from left to right.
-        patch_height, patch_width: of one patch, in pixels.
-        channels: of an image.
+        patch_height, patch_width: size of a patch, in pixels.
+        channels: number of channels of an image.
         specials: names of the tokens in front: ``("class", "register 1")``.
 
     Example:
@@ -81,7 +81,7 @@ class PatchGrid(Stored):
         """Positions of the patches in a box.
 
         Args:
-            name: of the mark, for messages.
+            name: name of the mark, for messages.
             corners: first row and column, and those behind the last: ``(0, 0, 1, 2)`` holds the
                 first two patches of the first row.
 
@@ -186,7 +186,7 @@ class ImageKeys(Saved):
         """Picture and box that a position represents.
 
         Args:
-            example: which text.
+            example: index of the text.
             position: in it.
 
         Raises:
@@ -210,9 +210,9 @@ class ImageKeys(Saved):
         """Overlap of every position's piece with a box, in [0, 1]; 0 without a piece.
 
         Args:
-            example: which text.
+            example: index of the text.
             box: left, top, right and bottom edge, in pixels of the picture.
-            image: which of the text's pictures.
+            image: index of the picture in the text.
             by: ``patch``, the shared area over that of the piece; ``iou``, over that of both
                 together, which is small for pieces inside a large box.
 
@@ -238,9 +238,9 @@ class ImageKeys(Saved):
         """The box, validated to lie inside its picture.
 
         Args:
-            example: which text.
+            example: index of the text.
             box: left, top, right and bottom edge, in pixels of the picture.
-            image: which of the text's pictures.
+            image: index of the picture in the text.
 
         Raises:
             InputError: if there is no such picture, or the box is empty or reaches out of it.
@@ -278,11 +278,11 @@ class ImageKeys(Saved):
         """Positions whose piece overlaps a box by more than a share.
 
         Args:
-            example: which text.
+            example: index of the text.
             box: left, top, right and bottom edge, in pixels of the picture.
-            image: which of the text's pictures.
+            image: index of the picture in the text.
             over: the share.
-            by: of what; see :meth:`overlap`.
+            by: length of a step; see :meth:`overlap`.
 
         Raises:
             InputError: if there is no such picture, or the box is empty or reaches out of it.
@@ -304,9 +304,9 @@ class ImageKeys(Saved):
 
         Args:
             boxes: for each text left, top, right and bottom edge, in pixels of its picture.
-            images: which of its pictures; default: the first.
+            images: indices of pictures in the text. Default: the first.
             over: share from which a piece counts.
-            by: of what; see :meth:`overlap`.
+            by: length of a step; see :meth:`overlap`.
 
         Raises:
             InputError: if there is not a box for each text, or one is outside of its picture or
@@ -336,15 +336,15 @@ class ImageKeys(Saved):
         rows: int = 24,
         columns: int = 24,
     ) -> Float[Tensor, "*any row column"]:
-        """Weights of positions painted onto a picture, each spread evenly over its box.
+        """Paint weights of positions onto a picture, each uniformly over its box.
 
         Pieces may overlap, as tiles and the whole picture do; what lies on the picture sums to the
         weight of its positions.
 
         Args:
-            weights: of every position of the text.
-            example: which text.
-            image: which of its pictures.
+            weights: weight of every position of the text.
+            example: index of the text.
+            image: index of the picture in the text.
             rows: cells from top to bottom into which the picture is cut.
             columns: cells from left to right.
 
@@ -474,7 +474,7 @@ def all_causal(stacks: Mapping[str, "Stack"]) -> bool:
     """Whether no query of any stack sees a later key.
 
     Args:
-        stacks: of a model, by name.
+        stacks: attention stacks of a model, by name.
     """
     return all(stack.mask.causal for stack in stacks.values())
 
@@ -483,7 +483,7 @@ def grid_of(stacks: Mapping[str, "Stack"]) -> PatchGrid | None:
     """Patch grid of a model; None if it reads no images.
 
     Args:
-        stacks: of the model, by name.
+        stacks: attention stacks of the model, by name.
     """
     return next((stack.grid for stack in stacks.values() if stack.grid is not None), None)
 
@@ -501,7 +501,7 @@ class Stack:
         mask: rule of all layers, but that windows of single layers are in ``windows``.
         queries, keys: names of the sequences that queries and keys run over.
         windows: by layer, how far back a query sees, itself included; None: no limit.
-        grid: how images are cut into the positions of the stack; None where it reads no images.
+        grid: how images are cut into the positions of the stack; None if it reads no images.
 
     Example:
         >>> stack = Stack("cross", 2, 4, 4, 8, MaskRule("cross"), queries="decoder", keys="encoder")

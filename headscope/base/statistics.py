@@ -114,7 +114,7 @@ def mean_interval(
     interval of Clopper and Pearson (1934). Never beyond the bounds.
 
     Args:
-        values: of every head on every example; NaN is missing.
+        values: value of every head on every example; NaN is missing.
         level: share of the intervals that hold the mean, between 0 and 1.
         clusters: label per example; see :class:`Design`.
         bounds: smallest and largest possible value of the score.
@@ -237,8 +237,8 @@ def compare_means(
     values, or a control of several columns, have fewer than two known examples.
 
     Args:
-        values: of the head on the probe; NaN is missing.
-        control: of the head on the control.
+        values: values of the head on the probe; NaN is missing.
+        control: values of the head on the control.
         alternative: ``greater`` or ``two-sided``.
         design: pairs and clusters; default: independent examples.
         resolution: differences up to this share of the larger value are rounding and count as 0.

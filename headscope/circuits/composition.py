@@ -188,8 +188,8 @@ class ComponentScores(Saved, Shown):
     """Composition scores of single singular directions of the earlier head.
 
     Attributes:
-        values: of (earlier layer, head, component; later layer, head); 0 if the first is not in a
-            lower layer.
+        values: score by (earlier layer, head, component; later layer, head); 0 if the first is not
+            in a lower layer.
         layers: layer number of each entry of the layer axes.
         mode: input of the later head.
     """

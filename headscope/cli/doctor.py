@@ -1,4 +1,4 @@
-"""``headscope doctor``: installed packages, and what headscope can do with a model."""
+"""``headscope doctor``: installed packages, and what works with a model."""
 
 import json
 import os

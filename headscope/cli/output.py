@@ -128,9 +128,9 @@ class ModelCommand:
     """A command at work on a model, from the claim of its folder on.
 
     Attributes:
-        name: of the command.
+        name: name of the command.
         model: the loaded model.
-        folder: of the run; None if none was requested.
+        folder: folder of the run; None if none was requested.
         timings: seconds of the steps so far, by name.
     """
 

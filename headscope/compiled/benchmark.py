@@ -339,10 +339,10 @@ def make_case(name: str, build: BuildOptions, *, batch: int = 8, seed: int = 0) 
     """Compile a library program and draw its texts.
 
     Args:
-        name: of the program.
+        name: name of the program.
         build: options of :class:`headscope.compiled.Build`.
         batch: number of texts.
-        seed: of the draw.
+        seed: seed for the random draw.
 
     Raises:
         InputError: if there is no such program, or it does not fit the family.

@@ -176,7 +176,7 @@ class Program:
     constant) are predefined, and so is one for each feature.
 
     Attributes:
-        name: of the program.
+        name: name of the program.
         tokens: number of token ids, the BOS included.
         length: longest text.
         heads: heads in any order; several may share a layer.

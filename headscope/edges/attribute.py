@@ -688,13 +688,13 @@ def attribute(
         edges: for ``exact``, the edges to measure, as (source, target, slot); all others are NaN.
             If a pass for every edge is too expensive, measure the strongest ones or a random
             sample.
-        batch_size: examples per pass; changes no number.
+        batch_size: examples per pass; affects only time and memory.
         memory: memory budget for the writes of all nodes in a batch, e.g. ``"2GB"``, which limits
             the batch size. Default: only ``batch_size`` limits it.
         resume: folder for finished batches, written atomically; a call with the same arguments
             resumes from it. For ``exact``, which takes long, batches then have 8 examples unless
             ``batch_size`` is given.
-        progress: show a bar.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Returns:
         Scores in the metric's unit, per edge and example.

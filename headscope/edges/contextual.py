@@ -395,8 +395,8 @@ def contextual(
         positions: also decompose each head at each position; all texts must then have equal length.
         sign_rule: in MLPs, give the whole to the larger part if parts have opposite signs, as in
             the reference implementation. This breaks exactness in linear nets.
-        batch_size: examples per pass; changes no number.
-        progress: show a bar.
+        batch_size: examples per pass; affects only time and memory.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
         InputError: if probe and metric do not fit.
@@ -482,8 +482,8 @@ def contextual_circuit(
         tolerance: loss of faithfulness that pruning a node may cost, 0 or more.
         ablation: what an ablated node writes; see :func:`attribute`. The paper uses ``mean``.
         sign_rule: see :func:`contextual`.
-        batch_size: examples per pass; changes no number.
-        progress: show a bar.
+        batch_size: examples per pass; affects only time and memory.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
         InputError: if texts differ in length, a number is out of range, or probe and metric do not

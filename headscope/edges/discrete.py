@@ -149,7 +149,7 @@ def discrete(
         normalised: divide by the number of distinct codes on either kind.
         seed: seed for the draw, the autoencoder and the shuffles.
         batch_size: prompts per pass; affects only time and memory.
-        progress: show a bar.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
         InputError: if the numbers of prompts of the two kinds differ, or an argument is out of
@@ -262,7 +262,7 @@ def unique_codes(
 
     Args:
         codes: code of every prompt and item.
-        positive: which prompts are positive.
+        positive: mask of the positive prompts.
         normalised: divide by the number of distinct codes on either kind.
 
     Example:

@@ -150,7 +150,7 @@ def head_loadings(
         ablation: what the ablated node writes; see :func:`attribute`.
         held: freeze attention patterns and norm scales, so heads carry effects through their values
             only, as in attribution graphs; False: recompute everything.
-        batch_size: examples per pass; changes no number.
+        batch_size: examples per pass; affects only time and memory.
 
     Returns:
         Loadings averaged over examples, in the metric's unit; parts sum to the effect.

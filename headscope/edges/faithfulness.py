@@ -167,13 +167,13 @@ def faithfulness(
         model: the one that the graph is of.
         probe: probe of the same kind as the graph's, ideally with other examples.
         metric: metric to measure; may differ from the graph's.
-        graph: of :func:`attribute`.
+        graph: graph from :func:`attribute`.
         sizes: increasing shares of all edges, from above 0 to 1; ``int(size * edges)`` are kept.
         ablation: what edges outside the circuit carry. Default: as in the graph.
         controls: number of random orders of edges.
         seed: seed for the random draws.
-        batch_size: examples per pass; changes no number.
-        progress: show a bar.
+        batch_size: examples per pass; affects only time and memory.
+        progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Returns:
         Faithfulness f at every size, its areas, and the same for random edges.
@@ -402,7 +402,7 @@ def grown(graph: EdgeGraph, count: int) -> list[Edge]:
     simply taking the top of a ranking includes edges that lead nowhere.
 
     Args:
-        graph: of :func:`attribute`.
+        graph: graph from :func:`attribute`.
         count: number of edges to choose.
 
     Raises:
@@ -430,7 +430,7 @@ def stability(graph: EdgeGraph, count: int, *, draws: int = 200, seed: int = 0) 
     together.
 
     Args:
-        graph: of :func:`attribute`.
+        graph: graph from :func:`attribute`.
         count: number of strongest edges in the circuit.
         draws: number of bootstrap draws.
         seed: seed for the random draws.
@@ -655,7 +655,7 @@ def completeness(
         circuit: circuit from :func:`acdc` or :func:`run_circuit`.
         draws: number of random sets.
         seed: seed for the random draws.
-        batch_size: examples per pass; changes no number.
+        batch_size: examples per pass; affects only time and memory.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:
@@ -718,7 +718,7 @@ def minimality(
         circuit: circuit from :func:`acdc` or :func:`run_circuit`.
         draws: number of random sets besides the empty one.
         seed: seed for the random draws.
-        batch_size: examples per pass; changes no number.
+        batch_size: examples per pass; affects only time and memory.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:

@@ -355,7 +355,8 @@ def layers(
 
     Args:
         model: the model.
-        texts: as :func:`headscope.probes.text` takes them, or a probe; None: the bundled passages.
+        texts: texts or a path, as for :func:`headscope.probes.text`, or a probe; None: the bundled
+            passages.
         measures: names from ``TEXT_MEASURES``, or ``linearity``; None: all.
         length: cut texts into pieces of this many tokens; None: whole texts. A probe is not cut.
         skip: leave out this many tokens at each text's start, since the first is often an attention
@@ -409,7 +410,8 @@ def heads(
 
     Args:
         model: the model.
-        texts: as :func:`headscope.probes.text` takes them, or a probe; None: the bundled passages.
+        texts: texts or a path, as for :func:`headscope.probes.text`, or a probe; None: the bundled
+            passages.
         measures: names from ``TEXT_MEASURES``; None: all that apply to heads.
         length: cut texts into pieces of this many tokens; None: whole texts. A probe is not cut.
         skip: leave out this many tokens at each text's start.

@@ -96,7 +96,8 @@ def rotary_bands(
 
     Args:
         model: model with rotary positions.
-        texts: as :func:`headscope.probes.text` takes them, or a probe; None: the bundled passages.
+        texts: texts or a path, as for :func:`headscope.probes.text`, or a probe; None: the bundled
+            passages.
         side: ``key`` or ``query``; heads in a group share keys.
         rank: number of eigenvalues to use, at least 2.
         length: cut texts into pieces of this many tokens; None: whole texts. Of a probe nothing
@@ -193,7 +194,8 @@ def high_frequency_gain(
 
     Args:
         model: the model.
-        texts: as :func:`headscope.probes.text` takes them, or a probe; None: the bundled passages.
+        texts: texts or a path, as for :func:`headscope.probes.text`, or a probe; None: the bundled
+            passages.
         length: cut texts into pieces of this many tokens; compare gains at different lengths.
         batch_size: texts per pass; default: about 4,096 tokens.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.

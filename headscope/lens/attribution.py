@@ -37,7 +37,7 @@ class Split:
     A row is one position of one example. The division happens at the end of the pass.
 
     Attributes:
-        example, position: of each row.
+        example, position: example and position of each row.
         direction: residual direction that is read, per row.
         with_sources: also split every head by source token.
         heads: products by layer.

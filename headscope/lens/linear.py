@@ -134,7 +134,7 @@ def linear_shortcuts(
             d_model fit themselves perfectly and say nothing.
         to: place to reach, e.g. ``L5``; default: the last, whose reading is the model's own.
         held_out: share of the examples that it is judged by.
-        seed: of the draw of examples.
+        seed: seed for the choice of examples.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Returns:

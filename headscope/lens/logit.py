@@ -74,7 +74,7 @@ def logit_lens(
         site: ``residual``, ``attention`` or ``mlp``.
         target: token whose rank and probability are tracked: one for all positions, or one id per
             position; default: the model's own most likely next token at each position.
-        positions: which positions; default: all.
+        positions: positions to use. Default: all.
         k: number of likely tokens to keep per cell.
         lens: a learned lens for ``residual``; default: the identity, the plain logit lens.
 

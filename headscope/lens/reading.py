@@ -113,8 +113,8 @@ class States:
     """Reader that keeps chosen positions of chosen sites, by site and place, in layer order.
 
     Attributes:
-        example, position: of each row.
-        sites: which sites.
+        example, position: example and position of each row.
+        sites: sites to read.
         rows: stored values, in fp32.
         final: input of the final norm.
     """

@@ -189,7 +189,7 @@ class AttentionCall:
         """Values averaged by a pattern, in the model's dtype.
 
         Args:
-            pattern: of any queries.
+            pattern: attention rows of any queries.
             first_key: position of the pattern's first key.
         """
         batch, kv_heads, _, d_value = self.value.shape

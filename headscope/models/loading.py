@@ -30,14 +30,14 @@ def is_gguf(source: object) -> bool:
 
 
 def check_gguf(source: str | Path, revision: str | None) -> None:
-    """Refuse a file that cannot be read, before reading anything large.
+    """Raise if a file cannot be read, before reading anything large.
 
     Raises:
-        InputError: if a revision is asked of a file.
+        InputError: if a revision is given for a file.
         ModelLoadError: if there is no such file, it is not a GGUF, or the package gguf is missing.
     """
     if revision is not None:
-        raise InputError(f"{source} is a file, which has no revisions: leave revision= out.")
+        raise InputError(f"{source} is a file, and files have no revisions: leave out revision=.")
     path = Path(source)
     if not path.is_file():
         raise ModelLoadError(f"there is no file {source}: give the path of a GGUF file.")
@@ -55,28 +55,28 @@ def check_gguf(source: str | Path, revision: str | None) -> None:
 
 
 def read_gguf_config(source: str | Path) -> Any:
-    """The config that a GGUF file describes.
+    """Read the config of a GGUF file.
 
     Raises:
-        ModelLoadError: if the file is broken, or of an architecture that transformers cannot read.
+        ModelLoadError: if the file is broken, or has an architecture that transformers cannot read.
     """
     from transformers import AutoConfig
 
     path = Path(source)
     try:
         return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as error:  # foreign files through foreign parsers: anything may come
+    except Exception as error:  # untrusted files in third-party parsers can raise anything
         raise ModelLoadError(_failure(source, error)) from error
 
 
 def read_gguf(source: str | Path, config: Any, dtype: torch.dtype | None, device_map: Any) -> Any:
-    """The model in a GGUF file, with every weight dequantised.
+    """Load the model in a GGUF file, with every weight dequantised.
 
     Args:
         source: path of the file.
         config: from :func:`read_gguf_config`.
-        dtype: type of the weights; default: fp32, in which dequantised weights are exact.
-        device_map: spread over devices, as transformers takes it.
+        dtype: dtype of the weights. Default: fp32, in which dequantised weights are exact.
+        device_map: placement over several devices, as for transformers.
 
     Raises:
         ModelLoadError: if the file is broken, or lacks a weight.
@@ -103,7 +103,7 @@ def read_gguf(source: str | Path, config: Any, dtype: torch.dtype | None, device
 
 
 def _check_complete(source: str | Path, module: Any, found: Mapping[str, Any]) -> None:
-    """Refuse a model without all its weights; transformers goes on with random numbers instead.
+    """Refuse a model without all its weights; transformers would continue with random ones.
 
     Many checkpoints were saved without the pooler of the bare model: it is taken off, as
     ``add_pooling_layer=False`` does, so that its random output is never read.
@@ -128,7 +128,7 @@ def _check_complete(source: str | Path, module: Any, found: Mapping[str, Any]) -
 
 
 def _dense() -> dict[str, Any]:
-    """Ask for plain weights: later versions of transformers may leave them in GGUF's blocks."""
+    """Arguments for plain weights, since later versions of transformers may keep GGUF's blocks."""
     import transformers
 
     config = getattr(transformers, "GgufConfig", None)
@@ -141,15 +141,15 @@ def _failure(source: str | Path, error: Exception) -> str:
 
 
 KNOWN_LAYERS = ATTENTION_LAYERS | OTHER_LAYERS
-# Tokens of the passes that are watched to find the parts of a model.
+# Number of tokens in the passes that find a model's parts.
 _SHORTEST = 5
 
 
 def admit(config: Any, name: str) -> None:
-    """Return if a model with this config may have heads that headscope can read.
+    """Check that a model with this config may have heads that headscope can read.
 
     Raises:
-        UnsupportedModelError: with the model and the reason, where it certainly has not.
+        UnsupportedModelError: if it certainly has none, with the reason.
     """
     text = config.get_text_config()
     family = getattr(config, "model_type", "unknown")
@@ -184,15 +184,14 @@ def _has_heads(config: Any) -> bool:
 
 
 def auto_class(config: Any) -> Any:
-    """Return the ``AutoModel...`` class that opens a checkpoint with all that it was trained with.
+    """Return the ``AutoModel...`` class that loads a checkpoint with all its trained weights.
 
-    A causal language model where the config names one, or names nothing that is known; a masked
-    language model where the config names that; a classifier of images likewise; the bare model
-    where it names another head (a sentence encoder, a classifier of texts), whose weights a
-    language-model head would not find.
+    A causal language model if the config names one or nothing known, a masked language model or an
+    image classifier if the config names one, and the bare model for any other head (sentence
+    encoders, text classifiers), whose weights a language-model head would not find.
 
     Args:
-        config: of the checkpoint.
+        config: transformers config of the checkpoint.
     """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -234,7 +233,7 @@ def auto_class(config: Any) -> Any:
 
 
 def is_of_halves(config: Any) -> bool:
-    """Whether a checkpoint holds a model of images beside one of texts, and compares the two."""
+    """Whether a checkpoint is an image model and a text model with one embedding space."""
     from transformers import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING as COMPARING
 
     both = hasattr(config, "vision_config") and hasattr(config, "text_config")
@@ -258,11 +257,11 @@ def load_halves(
     dtype: str | torch.dtype | None = None,
     tokenizer: Any = None,
 ) -> Halves:
-    """Load both halves of a model such as CLIP; arguments are those of :func:`load`.
+    """Load both halves of a model such as CLIP; see :func:`load` for the arguments.
 
     Raises:
         ModelLoadError: if the model is missing, unreadable or broken.
-        UnsupportedModelError: if it is not a model of images beside one of texts.
+        UnsupportedModelError: if it does not consist of an image model and a text model.
     """
     from headscope.models.hf.layout import halves
     from headscope.models.hf.model import HFModel
@@ -278,8 +277,8 @@ def load_halves(
             config = AutoConfig.from_pretrained(place, **code)
             if not is_of_halves(config):
                 raise UnsupportedModelError(
-                    f"{place} ({config.model_type}) is not a model of images beside one of texts: "
-                    "load it with hs.load."
+                    f"{place} ({config.model_type}) does not consist of an image model and a text "
+                    "model: load it with hs.load."
                 )
             module, found = AutoModel.from_pretrained(
                 place,
@@ -292,7 +291,7 @@ def load_halves(
             _check_complete(place, module, found)
         except HeadscopeError:
             raise
-        except Exception as error:  # foreign files through foreign parsers: anything may come
+        except Exception as error:  # untrusted files in third-party parsers can raise anything
             raise ModelLoadError(_load_failure(place, place, error, False)) from error
         module = _placed(module, device, None).eval()
         tokenizer = _tokenizer(place, code) if tokenizer is None else tokenizer
@@ -312,7 +311,7 @@ def load_halves(
 
 
 def _name(made: Any) -> str:
-    """Name of a class; of the first where there are several."""
+    """Name of a class; of the first if there are several."""
     first = made[0] if isinstance(made, tuple | list) else made
     return getattr(first, "__name__", "-")
 
@@ -345,34 +344,32 @@ def load(
     """Load a model: a decoder, an encoder (BERT, ViT), or an encoder-decoder such as T5.
 
     An encoder-decoder has three attention stacks, ``model.stacks``; ``model.stack("cross")`` is one
-    of them as a model of its own.
+    of them, usable as a model.
 
     Args:
         source: a Hugging Face name, a local folder, a ``.gguf`` file (read dequantised, in fp32;
             needs ``headscope[gguf]``), a ``PreTrainedModel``, a transformer-lens
-            ``TransformerBridge``, what an installed adapter takes (entry points of the group
-            ``headscope.adapters``), the name of a bundled model, or None for the default one.
-            A model that you pass is used as it is and left as it was; a compiled one runs
-            uncompiled while headscope looks, and one in training mode without dropout.
-        revision: branch, tag or commit; for a bundled model one of its training checkpoints.
-        device: where to put the weights; default: a GPU if there is one, else the CPU.
-        dtype: type of the weights; default: as they are stored.
-        device_map: spread over devices, as transformers takes it; excludes ``device``.
-        tokenizer: for a model that you pass; otherwise it is loaded with the model, or warned of
-            where it cannot be read.
-        trust_remote_code: run code that comes with the model; only with a 40-digit ``revision``.
+            ``TransformerBridge``, any object that an installed adapter accepts (entry points of the
+            group ``headscope.adapters``), the name of a bundled model, or None for the default one.
+            A model that you pass is used directly and left unchanged; headscope's passes run it
+            uncompiled and in evaluation mode.
+        revision: branch, tag or commit; for a bundled model, one of its training checkpoints.
+        device: device of the weights. Default: a GPU if there is one, else the CPU.
+        dtype: dtype of the weights. Default: as stored.
+        device_map: placement over several devices, as for transformers; excludes ``device``.
+        tokenizer: tokenizer of a model that you pass; otherwise it is loaded with the model, with a
+            warning if it cannot be read.
+        trust_remote_code: run code from the model's repository; requires a 40-digit ``revision``.
         allow_pickle: also accept weights that are not safetensors.
-        check: prove on a text of 64 to 256 tokens that what is read is what runs (two passes,
-            once per process for the same weights); see ``model.proof``. Of a model read from
-            files, the proof is kept for later runs with the same weights, code and device
-            (``model.proof.remembered``), in ``HEADSCOPE_CACHE``.
-        extrapolate: take texts longer than the config's context, for rotary positions only;
-            results that used such positions say so.
+        check: verify on a text of 64 to 256 tokens that headscope reads what the model computes
+            (two passes, once per process for the same weights); see ``model.proof``.
+        extrapolate: accept texts longer than the config's context, for rotary positions only;
+            results that use such positions are marked.
 
     Raises:
         InputError: if the arguments do not fit together.
         ModelLoadError: if the model is missing, unreadable or broken.
-        UnsupportedModelError: if its heads cannot be told apart.
+        UnsupportedModelError: if its heads cannot be separated.
 
     Example:
         >>> load().shape.n_layers > 0
@@ -385,8 +382,8 @@ def load(
     _check_device(device)
     if trust_remote_code and not _is_commit(revision):
         raise InputError(
-            "trust_remote_code runs code from the model's repository: pin it with revision=<the "
-            "40-digit commit> that you have read."
+            "trust_remote_code runs code from the model's repository: pin it with "
+            "revision=<40-digit commit> after reviewing that code."
         )
     if source is None or isinstance(source, str | Path):
         given, tokenizer, name, commit = _from_files(
@@ -421,7 +418,7 @@ def load(
 
 
 def _lifted(model: HeadModel, module: Any, wanted: bool) -> HeadModel:
-    """Lift the limit on the length of texts, if that is wanted."""
+    """Lift the limit on text length, if requested."""
     if wanted:
         extrapolate_positions(model, module.config)
     return model
@@ -458,7 +455,7 @@ def _wrapped(
         raise UnsupportedModelError(f"{family} is not supported: {error}") from error
     except HeadscopeError:
         raise
-    except Exception as error:  # code of any family ran, in passes that it was not written for
+    except Exception as error:  # third-party model code may fail in headscope's passes
         _check_runs(module, name)
         raise UnsupportedModelError(f"{family} is not supported: {_stopped(error)}") from error
     seen: HeadModel = model
@@ -466,7 +463,7 @@ def _wrapped(
 
 
 def _image_processor(place: str, revision: str | None) -> Mapping[str, Any] | None:
-    """What the model's config says of how pictures are prepared; None where it says nothing."""
+    """What the model's config says of how pictures are prepared; None if it says nothing."""
     from transformers.image_processing_base import ImageProcessingMixin
 
     if not place:
@@ -507,7 +504,7 @@ def _beside_the_registry(module: Any, facts: Mapping[str, Any]) -> Any:
 
 
 def _bridged(module: Any) -> Any:
-    """A bridge over a module whose attention transformers' attention functions do not compute.
+    """Bridge over a module with custom attention code.
 
     Raises:
         UnsupportedModelError: if transformer-lens cannot open it.
@@ -529,10 +526,10 @@ def _bridged(module: Any) -> Any:
 
 
 def _stopped(error: Exception) -> str:
-    """Error that occurred with recorded attention in a model that runs on its own.
+    """Describe an error that only occurs with recorded attention.
 
-    The last line of the family's own code says whether that was the mask: headscope hands on which
-    keys are padding and builds no mask.
+    The last line of the family's own code shows whether the mask was involved: headscope passes on
+    which keys are padding and builds no mask.
     """
     frames = extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename).name.startswith("modeling_")]
@@ -545,14 +542,14 @@ def _stopped(error: Exception) -> str:
             "what that does to its rows is not known to headscope."
         )
     return (
-        f"its code does not run on the short text and the attention that headscope measures it "
-        f"with ({type(error).__name__} in {place})."
+        "its code does not run on the short text and the attention that headscope measures it with "
+        "({type(error).__name__} in {place})."
     )
 
 
 @torch.no_grad()
 def _check_runs(module: Any, name: str) -> None:
-    """Return if a model runs at all.
+    """Check that a model runs at all.
 
     Raises:
         ModelLoadError: if it does not run, with headscope or without.
@@ -612,7 +609,7 @@ def _from_files(
             _check_complete(name, module, found)
     except HeadscopeError:
         raise
-    except Exception as error:  # foreign files through foreign parsers: anything may come
+    except Exception as error:  # untrusted files in third-party parsers can raise anything
         raise ModelLoadError(_load_failure(name, place, error, allow_pickle)) from error
     module = _placed(module, device, device_map)
     commit = commit_hash(config, place, revision)
@@ -620,7 +617,7 @@ def _from_files(
 
 
 def _placed(module: Any, device: str | torch.device | None, device_map: Any) -> Any:
-    """The model where it was wanted; a device map has put it there already."""
+    """Move a model to its device; a device map has already placed it."""
     if device_map is None:
         module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return module
@@ -629,7 +626,7 @@ def _placed(module: Any, device: str | torch.device | None, device_map: Any) -> 
 def _tokenizer(place: str, code: dict[str, Any]) -> Any:
     """Load the tokenizer; None if the model has none, or, with a warning, one that cannot be read.
 
-    A model is worth having without: random tokens need no tokenizer.
+    Models are usable without one: random tokens need no tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -637,7 +634,7 @@ def _tokenizer(place: str, code: dict[str, Any]) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(place, **code)
         # Without files some families get a tokenizer of special tokens alone.
         return tokenizer if {*tokenizer.get_vocab()} - {*tokenizer.all_special_tokens} else None
-    except Exception as error:  # as above; what needs a tokenizer says that there is none
+    except Exception as error:  # as above; callers that need a tokenizer report that there is none
         if "gguf_file" in code or any((Path(place) / file).is_file() for file in _TOKENIZER_FILES):
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             where = code.get("gguf_file", place)
@@ -647,10 +644,10 @@ def _tokenizer(place: str, code: dict[str, Any]) -> Any:
 
 def _load_failure(name: str, place: str, error: Exception, allow_pickle: bool) -> str:
     text = " ".join(str(error).split())
-    if type(error).__name__ == "UnpicklingError":  # its own advice is to switch the guard off
+    if type(error).__name__ == "UnpicklingError":  # torch's message advises disabling the guard
         return (
-            f"the pickled weights of {name} hold something other than tensors, which could run "
-            "code; it was not read."
+            f"the pickled weights of {name} contain objects other than tensors, which could run "
+            "code; they were not loaded."
         )
     if Path(place).exists():
         if "safetensors" in text and not allow_pickle:
@@ -670,7 +667,7 @@ def _load_failure(name: str, place: str, error: Exception, allow_pickle: bool) -
         )
     return (
         f"no model {name!r}: it is neither a folder here, nor one of the bundled models "
-        f"({', '.join(bundled.names())}), nor could it be had from Hugging Face: {text[:200]}"
+        f"({', '.join(bundled.names())}), nor could it be loaded from Hugging Face: {text[:200]}"
     )
 
 
@@ -688,10 +685,10 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def _check_device(device: str | torch.device | None) -> None:
-    """Refuse an unavailable device before anything is read.
+    """Raise if a device is unavailable, before reading anything.
 
     Raises:
-        InputError: if torch does not know it, was built without it, or it is not there.
+        InputError: if torch does not know it, was built without it, or does not find it.
     """
     if device is None:
         return
@@ -700,16 +697,14 @@ def _check_device(device: str | torch.device | None) -> None:
     except RuntimeError as error:
         raise InputError(f"unknown device {device!r}: give cpu, cuda or cuda:1.") from error
     if place.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            f"device {str(device)!r} was asked for, but torch sees no GPU here: give cpu."
-        )
+        raise InputError(f"device {str(device)!r} was requested, but torch finds no GPU: use cpu.")
     try:
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().split("\n")[0][:100]
-        raise InputError(f"nothing can be put on device {str(device)!r}: {reason}") from error
+        raise InputError(f"device {str(device)!r} is unusable: {reason}") from error
     if place.type == "meta":
-        raise InputError("device 'meta' holds no numbers: give cpu, cuda or cuda:1.")
+        raise InputError("device 'meta' has no data: give cpu, cuda or cuda:1.")
 
 
 def _is_commit(revision: str | None) -> bool:
@@ -724,16 +719,16 @@ GROUP = "headscope.adapters"
 
 
 def adapted(source: Any, tokenizer: Any = None) -> HeadModel | None:
-    """Model that an installed adapter makes from an object; None if none applies.
+    """Wrap an object with an installed adapter; None if none applies.
 
     An adapter is a function ``(source, tokenizer) -> HeadModel | None`` that a package names under
-    ``[project.entry-points."headscope.adapters"]``; it returns None for what it does not know.
-    Adapters are asked in the order of their names. Hold one to what the rest of headscope relies
-    on with :func:`headscope.testing.check_model`.
+    ``[project.entry-points."headscope.adapters"]``; it returns None for objects that it does not
+    support. Adapters are tried in the order of their names. Test an adapter with
+    :func:`headscope.testing.check_model`.
 
     Args:
-        source: what :func:`headscope.load` was given; never a name or a path.
-        tokenizer: that was given beside it.
+        source: argument of :func:`headscope.load`, never a name or a path.
+        tokenizer: tokenizer that was given with it.
 
     Raises:
         InputError: if an adapter cannot be imported, or returns something else.
@@ -747,8 +742,8 @@ def adapted(source: Any, tokenizer: Any = None) -> HeadModel | None:
             adapter = point.load()
         except (ImportError, AttributeError) as error:
             raise InputError(
-                f"the adapter {point.name!r} ({point.value}) cannot be imported: {error}. Mend or "
-                "uninstall the package that brings it."
+                f"the adapter {point.name!r} ({point.value}) cannot be imported: {error}. Fix or "
+                "uninstall the package that provides it."
             ) from None
         made = adapter(source, tokenizer)
         if made is None:

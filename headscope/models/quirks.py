@@ -17,7 +17,7 @@ class Quirk:
     """One way in which families differ.
 
     Attributes:
-        name: of the difference.
+        name: name of the difference.
         families: model types of transformers that have it, as examples.
         answer: what headscope makes of it.
         how: what is read, or why something is not.

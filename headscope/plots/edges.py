@@ -342,7 +342,7 @@ def position_circuit(found: PositionCircuit, *, theme: Theme = "light") -> go.Fi
     nodes of the first round have a ring. Pruned nodes are faint.
 
     Args:
-        found: of :func:`headscope.edges.contextual_circuit`.
+        found: result of :func:`headscope.edges.contextual_circuit`.
         theme: ``light`` or ``dark``.
 
     Example:

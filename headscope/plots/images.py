@@ -74,7 +74,7 @@ def image_overlay(
     """Overlay an image with attention, patch by patch.
 
     Args:
-        image: as :func:`as_picture` takes it.
+        image: picture; see :func:`as_picture`.
         weights: attention per patch, e.g. ``maps.of(0, "V1H2")``.
         title: title of the figure.
         caption: plain text below it.

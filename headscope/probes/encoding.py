@@ -214,7 +214,7 @@ class Encoded:
     """Token ids of one text with each token's character span.
 
     A prepended token has the span (0, 0). ``unknown`` is the id that the tokenizer gives to what it
-    cannot read; None where it reads everything.
+    cannot read; None if it reads everything.
     """
 
     text: str
@@ -444,7 +444,7 @@ def _from_sides(inputs: Mapping[str, Any], marks: Any, targets: Any) -> Probe:
     from headscope.probes.translation import of_sides
 
     if unknown := sorted(set(inputs) - _SIDES - {"decoder_attention_mask"}):
-        hint = ": give targets=, -1 where there is none" if unknown[0] == "labels" else ""
+        hint = ": give targets=, -1 if there is none" if unknown[0] == "labels" else ""
         raise InputError(f"headscope cannot hand an encoder-decoder {unknown[0]!r}{hint}.")
     names = {TOKENS: "decoder_input_ids", "attention_mask": "decoder_attention_mask"}
     given = {name: inputs[own] for name, own in names.items() if inputs.get(own) is not None}
@@ -520,7 +520,7 @@ def one_class_each(classes: Any, count: int) -> Int[Tensor, " batch"]:
     if found.is_floating_point() or found.shape not in ((count,), (count, 1)):
         raise InputError(
             f"the labels have shape {tuple(found.shape)}: give one class number for each of the "
-            f"{count} images, -1 where there is none."
+            f"{count} images, -1 if there is none."
         )
     return found.reshape(count).long()
 

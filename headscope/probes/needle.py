@@ -644,7 +644,7 @@ class Drawer:
     """Draws the needles of one set.
 
     Attributes:
-        source: as :func:`headscope.probes.needle` takes it.
+        source: see :func:`headscope.probes.needle`.
         distractors: requested number; of a fixed list, as many as there are.
         control: use of another needle, which is not in the text: to replace the needle
             (``removed``), or to be asked about; None: not needed.
@@ -777,8 +777,8 @@ def needle(
             the rest of it).
         haystack: a UTF-8 file or folder, read in order; default: bundled sentences, in a new order
             for every example.
-        control: see above; default: ``"other_question"`` for ``numbers`` and ``several``, whose
-            digits a control must keep, otherwise ``"removed"``.
+        control: kind of control, as above; default: ``"other_question"`` for ``numbers`` and
+            ``several``, whose digits a control must keep, otherwise ``"removed"``.
         chat: apply the tokenizer's chat template; default: if it has one.
         bos: whether to prepend a BOS; default: as the tokenizer does. Not with ``chat``.
         seed: the same seed gives the same bytes.

@@ -29,13 +29,13 @@ class Probe(Saved, Shown):
         structure: equal labels mean "the same token by design"; -1 matches nothing. It is the
             tokens themselves but in a control, which keeps the labels and changes the tokens.
         targets: token that each position should predict; -1 where none is asked for.
-        foils: wrong alternative to each target, for differences; None where there is none.
+        foils: wrong alternative to each target, for differences; None if there is none.
         marks: named sets of positions, e.g. ``needle``, ``subject_2``, ``end``.
         facts: named numbers, one per example, e.g. ``length``, ``depth``.
         name: kind of probe.
         seed: what it was drawn with; None if nothing was drawn.
         settings: the other facts that made it, for provenance (JSON values).
-        control: the matched probe without the structure; None where there is none.
+        control: the matched probe without the structure; None if there is none.
         corrupt: the paired probe whose answer differs, aligned position by position.
         clusters: a label per example; examples with the same label share a needle, a document
             or a template and count as one observation in errors, intervals and tests. None:
@@ -46,9 +46,9 @@ class Probe(Saved, Shown):
             model that reads in both directions sees and is not asked for.
         inputs: what the model reads beside these tokens, by the name that its ``forward`` has for
             it, one row per example: of an encoder-decoder the source and its mask.
-        source: of an encoder-decoder, what the encoder reads, with its own marks; the tokens are
+        source: for an encoder-decoder, what the encoder reads, with its own marks; the tokens are
             then those that the decoder reads.
-        paired: of a control, whether its example i is example i of the probe without the
+        paired: for a control, whether its example i is example i of the probe without the
             structure, so that tests are of the difference; False: its examples are others.
     """
 

@@ -588,7 +588,7 @@ def _one_token(encoded: Encoded, span: tuple[int, int]) -> int:
         label = encoded.text[slice(*span)]
         pieces = [encoded.text[slice(*encoded.spans[at])] for at in encoded.covering(*span)]
         raise InputError(
-            f"the label {label!r} is not a token of its own where it stands ({pieces}): take "
+            f"the label {label!r} is not a separate token there ({pieces}): take "
             "another word, or end the template before it with a space."
         )
     return found

@@ -97,8 +97,8 @@ def gradient_importance(
 
     Args:
         model: from :func:`headscope.load`.
-        probe: what to run.
-        metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
+        probe: examples to run.
+        metric: metric from :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
         removed: heads treated as pruned: their output is 0, and they get no score.
         over: whether the absolute value is taken per ``example`` or ``token``.
         normalise: divide by the layer's norm.
@@ -208,8 +208,8 @@ def ablation_importance(
 
     Args:
         model: from :func:`headscope.load`.
-        probe: what to run.
-        metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
+        probe: examples to run.
+        metric: metric from :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
         method: as in :func:`headscope.ablate_heads`; ``zero`` is equivalent to pruning.
         better: ``higher`` or ``lower``; needed for a metric without a direction.
         positions: as in :func:`headscope.ablate_heads`.
@@ -662,7 +662,7 @@ def pruning_curve(
     Args:
         model: from :func:`headscope.load`.
         probe: what the metric is measured on: not the one that the orders were found on.
-        metric: of :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
+        metric: metric from :mod:`headscope.metrics`, or ``f(logits, probe) -> [batch]``.
         orders: orders of heads by name of the arm, first to last.
         counts: numbers of heads to measure at; default: all, or 21 evenly spaced.
         random: number of random orders as controls, seeded from ``seed`` on.

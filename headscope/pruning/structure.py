@@ -73,7 +73,7 @@ def prune(model: HeadModel, heads: Heads) -> "PreTrainedModel":
     if not isinstance(model, HFModel):
         raise UnsupportedModelError(
             f"{model.name} cannot be pruned: its attention does not go through transformers' "
-            "attention registry, so its matrices cannot be told apart by heads. Ablate its heads "
+            "attention registry, so its matrices cannot be split by heads. Ablate its heads "
             "instead, with headscope.ablate_groups."
         )
     smaller: PreTrainedModel = pruned(model, chosen)

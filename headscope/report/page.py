@@ -125,7 +125,7 @@ def packed(
     """Encode an array as little-endian bytes; None for floats that are all missing.
 
     Args:
-        values: of any shape; stored row by row.
+        values: array of any shape, stored row by row.
         kind: ``f4`` for what is sorted and compared, ``f2`` (3 digits) for what is only displayed;
             values that would lose more are kept as ``f4``.
         needed: encode even if all values are missing.

@@ -266,7 +266,7 @@ def contradictions(
         probe: other arguments of :func:`headscope.probes.needle`.
 
     Returns:
-        A probe of kind ``needle`` with foils at the first token of the answer.
+        A probe with the kind ``needle`` with foils at the first token of the answer.
 
     Raises:
         InputError: if no question is left, or the values are not single tokens of the model's

@@ -85,7 +85,7 @@ class Runs(Shown):
 
     Attributes:
         runs: one per example.
-        length, depth: of each example, as requested; NaN if the probe has none.
+        length, depth: length and depth of each example, as requested; NaN if the probe has none.
         threshold: recall above which a run counts.
         form: decoded or forced.
         chat: whether a chat template was used; None: unknown.
@@ -600,7 +600,7 @@ def follow_forced(
 
     Args:
         model: the model.
-        probe: of kind ``needle``: with the marks ``end``, ``answering`` and ``needle_answer``.
+        probe: needle probe: with the marks ``end``, ``answering`` and ``needle_answer``.
         threshold: recall above which a run counts as answered; all are scored.
         batch_size: examples per pass, of equal prompts; default: about 8192 tokens.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.

@@ -144,7 +144,7 @@ def decoded(
 
     Args:
         model: the model.
-        probe: of kind ``needle``.
+        probe: needle probe.
         null: also run the probe's control, teacher-forced; all of its runs count.
         new_tokens: maximum number of steps; see :func:`follow`.
         threshold: recall above which a run counts; as published, 0.5.
@@ -296,7 +296,7 @@ def forced(
 
     Args:
         model: the model.
-        probe: of kind ``needle``.
+        probe: needle probe.
         runs: from :func:`follow`: use only examples that count there; default: all.
         batch_size: examples per pass.
         progress: show a progress bar.

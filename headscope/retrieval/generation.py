@@ -296,7 +296,7 @@ def generate(
     Args:
         model: from :func:`headscope.load`.
         prompts: texts, token ids ``[batch pos]``, or a probe, whose examples end at ``end``.
-        mask: which heads, e.g. ``hs.retrieval.Mask.of(model, heads)``.
+        mask: heads to mask, e.g. ``hs.retrieval.Mask.of(model, heads)``.
         new_tokens: maximum number of new tokens.
         temperature: 0: always the most likely token; else sampled from ``softmax(logits / t)``.
         seed: seed of the draws.
@@ -448,7 +448,7 @@ class Contrast:
 
     Example:
         >>> base, masked = torch.zeros(1, 4), torch.eye(4)[:1]
-        >>> Contrast(0.5)(base, masked).scores.argmin().item()  # what masking makes likelier
+        >>> Contrast(0.5)(base, masked).scores.argmin().item()  # what masking makes more likely
         0
     """
 

@@ -61,7 +61,7 @@ def in_context_score(
         late: the same, after it.
         method: as in :func:`headscope.ablate_heads`; zero ablation overstates heads whose mean
             output others rely on.
-        heads: which heads; default: all.
+        heads: heads to use. Default: all.
         reference: where means come from; default: the probe.
         seed: seed of the method's draws.
         batch_size: texts per pass.

@@ -46,15 +46,15 @@ def need(
 
     QAdA, Donhauser et al. 2025 (arXiv 2502.09647). Per head and example over the queries of the
     question and the answer: ``precision`` is the share of queries predicted as long-range that are,
-    ``recall`` the share of long-range queries that are predicted; NaN where there are none.
+    ``recall`` the share of long-range queries that are predicted; NaN if there are none.
 
     Args:
         model: a model whose queries and keys can be read.
-        probe: of kind ``needle``, with more than ``sink + recent`` tokens before the question.
+        probe: needle probe, with more than ``sink + recent`` tokens before the question.
         sink: number of first tokens that count as local.
         recent: number of last tokens that do.
         threshold: share of the attention that local tokens must get.
-        moments: of the scores with far keys (``bulk``) or with the last ones (``local``).
+        moments: use the scores of far keys (``bulk``) or of the last ones (``local``).
         batch_size: examples per pass.
         progress: show a progress bar.
 
@@ -140,7 +140,8 @@ def token_importance(
 
     Args:
         model: a model whose attention scores are products of queries and keys.
-        texts: as :func:`headscope.probes.text` takes them, or a probe; None: the bundled passages.
+        texts: texts or a path, as for :func:`headscope.probes.text`, or a probe; None: the bundled
+            passages.
         keep: number of keys to choose.
         layer: layer whose input predicts the queries.
         length: cut texts into pieces of this many tokens; None: whole texts. Probes are not cut.
@@ -371,7 +372,7 @@ def rotary_contributions(
 
     Args:
         model: with rotary positions, and readable queries and keys.
-        probe: of kind ``needle``.
+        probe: needle probe.
         batch_size: examples per pass.
 
     Raises:

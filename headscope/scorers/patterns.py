@@ -35,7 +35,7 @@ def _back(rows: AttentionRows, distance: int) -> Float[Tensor, "batch head query
 def previous_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Attention to the previous token.
 
-    ``A[i, i-1]``, a probability in [0, 1], over every query but the first. Spread evenly it is
+    ``A[i, i-1]``, a probability in [0, 1], over every query but the first. Uniform attention gives
     ``1/(i+1)``.
 
     Weakness: some heads do this on random tokens more than on English (GPT-2 small L3H7 .54 and
@@ -72,8 +72,8 @@ def current_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch hea
 def next_token(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Attention to the next token, in models without a causal mask.
 
-    ``A[i, i+1]``, a probability in [0, 1], over every query but the first and the last. Spread
-    evenly it is 1 over the number of tokens.
+    ``A[i, i+1]``, a probability in [0, 1], over every query but the first and the last. Uniform
+    attention gives 1 over the number of tokens.
 
     Weakness: as ``previous_token``, whose mirror image it is.
     """
@@ -91,9 +91,9 @@ def relative_offset(distance: int) -> Scorer:
     Args:
         distance: in tokens; negative for tokens after the query, in models that see them.
 
-    Weakness: on repeated tokens a content head and a positional head look alike at the distance
-    of the repetition; vary the length. The null is attention spread evenly, from which every head
-    departs a little: the threshold, that of ``previous_token``, says which are worth a name.
+    Weakness: on repeated tokens a content head and a positional head look alike at the distance of
+    the repetition; vary the length. The null is uniform attention, from which every head departs a
+    little: the threshold, that of ``previous_token``, says which are worth a name.
 
     Example:
         >>> list(hs.score(model, probe, relative_offset(3)))
@@ -237,8 +237,7 @@ def hop_mass(hops: int, *, name: str | None = None, threshold: float | None = No
         name: name of the scorer.
         threshold: mean from which a head gets the role of this name.
 
-    Weakness: more patches lie at a larger distance; its null, attention spread evenly, says how
-    many.
+    Weakness: more patches lie at a larger distance; its null, uniform attention, shows how many.
 
     Raises:
         InputError: if the distance is negative.

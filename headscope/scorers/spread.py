@@ -84,9 +84,9 @@ local_window = window_mass(_LOCAL, name="local_window")
 def attention_distance(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Mean distance in tokens from a query to the keys it attends to.
 
-    ``sum_j A[i, j] |i - j| / sum_j A[i, j]``, from 0 (the query's own token) to the position in
-    the text, over every query but the first. Spread evenly over what came before it is ``i/2``.
-    It has no null and grows with the length of the texts: compare heads, not probes.
+    ``sum_j A[i, j] |i - j| / sum_j A[i, j]``, from 0 (the query's own token) to the position in the
+    text, over every query but the first. Uniform attention over earlier tokens gives ``i/2``. It
+    has no null and grows with the length of the texts: compare heads, not probes.
 
     Of images the distance is that between the middles of two patches, in patches, weighted by what
     a patch gives to patches alone (Dosovitskiy et al. 2020, arXiv 2010.11929, attention distance).
@@ -119,9 +119,9 @@ def entropy(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head quer
     """Entropy of the attention: how many tokens a query attends to, on a log scale.
 
     ``-sum_j A[i, j] log A[i, j]`` in nats, from 0 (one key) to the log of the number of visible
-    keys (spread evenly; ``log(i+1)`` where only earlier ones are seen), over every query but the
-    first; of the row divided by its sum, where a learned sink takes part of it. Higher is
-    broader. No smoothing, unlike the source, which matters only at 0.
+    keys (uniform attention; ``log(i+1)`` with a causal mask), over every query but the first; of
+    the row divided by its sum, where a learned sink takes part of it. Higher is broader. No
+    smoothing, unlike the source, which matters only at 0.
 
     Weakness: later queries can spread wider; ``normalised_entropy`` divides that out.
     """
@@ -137,7 +137,7 @@ def entropy(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head quer
 def normalised_entropy(rows: AttentionRows, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Entropy of the attention as a share of the largest possible.
 
-    ``entropy / log(number of visible keys)``, from 0 (one key) to 1 (spread evenly), over every
+    ``entropy / log(number of visible keys)``, from 0 (one key) to 1 (uniform attention), over every
     query but the first; NaN where only one key is visible.
 
     Weakness: near 0 for every head that has a sink; read ``normalised_entropy_no_sink``.

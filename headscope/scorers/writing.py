@@ -36,8 +36,8 @@ def head_output_norm(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch
 
     ``|z_i W_O|``, from 0, over every query but the first.
 
-    Weakness: residual streams grow with depth, so lengths compare within a layer. The bias of
-    the output projection belongs to no head and is left out.
+    Weakness: residual streams grow with depth, so lengths compare within a layer. The bias of the
+    output projection is not part of a head and is left out.
     """
     return outputs.norm()
 
@@ -113,11 +113,11 @@ def copying(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch head que
     """Share of a head's logit increases that falls on the tokens it attends to.
 
     ``sum_j A[i, j] up_i(token j) / sum of up_i over the different tokens of the example``, where
-    ``up_i(t)`` is the logit that the write ``z_i W_O`` gives token t directly, less its mean
-    over the vocabulary, and 0 if that is negative. From 0 (raises other tokens, or none) to 1
-    (attends to one token and raises only it), over every query but the first; the source
-    stretches the same ratio to [-1, 1]. A head that raises all tokens alike gets 1 over their
-    number. It has no null: copying does not depend on repetition.
+    ``up_i(t)`` is the logit that the write ``z_i W_O`` gives token t directly, minus its mean over
+    the vocabulary, and 0 if that is negative. From 0 (raises other tokens, or none) to 1 (attends
+    to one token and raises only it), over every query but the first; the source stretches the same
+    ratio to [-1, 1]. A head that raises all tokens alike gets 1 over their number. It has no null:
+    copying does not depend on repetition.
 
     Weakness: attention parked on the first token dilutes it, and tokens outside the example are
     not looked at. Only the logits of the example's own tokens are computed.
@@ -183,8 +183,8 @@ def needle_write(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch hea
 def needle_write_contrast(outputs: HeadOutputs, probe: Probe) -> Float[Tensor, "batch head query"]:
     """Contribution to the answer's logit of the needle's tokens minus that of all others.
 
-    ``needle_write`` less the same sum over all other keys, in logits, any sign, over the
-    positions that predict the answer. NaN where the layer's window hides the needle.
+    ``needle_write`` minus the same sum over all other keys, in logits, any sign, over the positions
+    that predict the answer. NaN where the layer's window hides the needle.
 
     Weakness: a head that also fetches the answer from elsewhere scores low, and so does a head
     whose other values lower it by their bias alone.

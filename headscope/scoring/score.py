@@ -128,7 +128,7 @@ class Accumulator:
         model: the running model.
         batch: the examples of this pass.
         scorers: what to compute; all share each chunk of rows.
-        flat: also score attention spread evenly, for scorers whose control that is.
+        flat: also score uniform attention, for scorers with that control.
         memory: bytes that a chunk may take; None: what suits the device.
         halvings: by how many powers of two to cut the chunks, after running out of memory.
         advance: called after each layer.
@@ -249,8 +249,8 @@ class Accumulator:
 
         Args:
             left: queries that are left, in order.
-            window: of the layer; its rows take no more than the keys between the first query's and
-                the last query's, unless a scorer has asked for whole patterns.
+            window: window of the layer; its rows take no more than the keys between the first
+                query's and the last query's, unless a scorer has asked for whole patterns.
         """
         size = max(1, self.budget // self._row)
         if window is None or not self._narrow:
@@ -566,13 +566,13 @@ def score(
     Args:
         model: from :func:`headscope.load`.
         probe: what to run; default: for each scorer the kind of probe that it is meant for.
-        scorers: names from ``headscope.scorers.CATALOGUE``, scorers and relations, or a
-            mixture; default: ``headscope.scorers.DEFAULT``, less what this family cannot be asked.
-        batch_size: examples per pass; changes nothing but time and memory.
+        scorers: names from ``headscope.scorers.CATALOGUE``, scorers and relations, or a mixture;
+            default: ``headscope.scorers.DEFAULT``, without those that do not apply to this family.
+        batch_size: examples per pass; affects only time and memory.
         memory: what one chunk of attention rows may take, e.g. ``"2GB"``.
         max_tokens_per_chunk: queries whose rows are held at once, over all examples of a batch
             (at least one of each); with ``memory`` the smaller of both counts.
-        seed: of the default probes.
+        seed: seed for the default probes.
         progress: show a progress bar. Default: only in a terminal or notebook, after 2 s.
 
     Raises:

@@ -330,11 +330,12 @@ LATENT_LANGUAGE = Study(
     (
         Claim(
             "english",
-            "Somewhere in the middle, the English word is likelier than the German one that is to "
+            "Somewhere in the middle, the English word is more likely than the German one that is "
+            "to "
             "be said.",
             "log-probability of the English word in the logit lens, after the layer chosen on "
             "other words",
-            "that of the German word, or of the English for another word where that is likelier",
+            "that of the German word, or of the English for another word where that is more likely",
             _through_english,
             MATTERS,
             "nats",

@@ -119,8 +119,8 @@ class EditConfig(Short):
     """Edit of heads.
 
     Attributes:
-        method: of :func:`headscope.ablate_heads` (``mean``, ``zero``, ``mean_pos``, ``resample``,
-            ``patch``, ``uniform``, ``attend_to_first``), or ``scale``.
+        method: method of :func:`headscope.ablate_heads` (``mean``, ``zero``, ``mean_pos``,
+            ``resample``, ``patch``, ``uniform``, ``attend_to_first``), or ``scale``.
         positions: a mark of the probe; default: everywhere.
         reference: name of the probe that replacement values come from; default: the probe itself.
         factor: factor of ``scale``.
@@ -143,7 +143,7 @@ class EdgeConfig(Short):
     """Edge scores by one method, and circuits grown from them.
 
     Attributes:
-        method: of :func:`headscope.edges.attribute`.
+        method: method of :func:`headscope.edges.attribute`.
         steps: steps of integrated gradients.
         ablation: what a removed edge carries; default: ``patch`` if the probe has pairs, else
             ``mean``.
@@ -166,7 +166,7 @@ class MetricConfig(Short):
     """Metric, and where it is read.
 
     Attributes:
-        metric: of :mod:`headscope.metrics`.
+        metric: metric from :mod:`headscope.metrics`.
         at: mark of the probe at which it is read; default: positions with targets.
     """
 
@@ -227,7 +227,7 @@ class SweepConfig(Strict):
         edits: edits of heads.
         edges: methods that score edges on every probe and metric; edits, edges, or both.
         metrics: metrics to measure.
-        sets: which heads, and how combined.
+        sets: sets of heads, and how they are combined.
         references: additional probes, only for replacement values.
         seeds: seeds of edits with random draws (``resample``); other edits run once.
         chunk: number of sets measured and saved at a time.
@@ -371,7 +371,5 @@ def _distinct(names: Iterable[str], kind: str) -> None:
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise InputError(
-                f"there are two {kind}s called {name!r}: each needs a name of its own."
-            )
+            raise InputError(f"there are two {kind}s called {name!r}: each needs a unique name.")
         seen.add(name)

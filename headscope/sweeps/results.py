@@ -154,7 +154,7 @@ class Results:
         """Scores of all edges by one method, as from :func:`headscope.edges.attribute`.
 
         Args:
-            names: of the study, as above; ``edit`` is the method.
+            names: names of the study, as above; ``edit`` is the method.
 
         Raises:
             InputError: if a name is unknown, or omitted where there are several.

@@ -186,7 +186,7 @@ class Store:
         Args:
             chunk: its id.
             reasons: one line per attempt.
-            traceback: of the last attempt, without local folders.
+            traceback: traceback of the last attempt, without local folders.
         """
         if self.has(chunk):
             return

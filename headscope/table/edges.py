@@ -793,13 +793,13 @@ class PositionCircuit(Saved, Shown, Tabular):
             were found by the metric.
         shares: change of the metric without the node (round 1), or its share of the target's
             output, from 0 to 1.
-        kept: which nodes are left after pruning.
+        kept: mask of the nodes that are left after pruning.
         value: mean metric when all other heads, everywhere, write what they write once taken out.
         unpruned: the same before pruning.
         full: mean metric of the model.
         empty: mean metric with all heads taken out at all positions.
-        tokens: of the first text; empty without a tokenizer.
-        unit: of the metric.
+        tokens: tokens of the first text; empty without a tokenizer.
+        unit: unit of the metric.
         provenance: where it came from.
     """
 

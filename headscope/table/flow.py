@@ -153,7 +153,7 @@ class AttentionMaps(Saved, Shown, Tabular):
         weights: mean over the query positions; attention to other positions (a class token,
             registers, words of a text) is left out, so a map may sum to less than 1.
         layers: number of each layer.
-        query: which positions attend.
+        query: description of the query positions.
         stack: name of the attention stack.
         provenance: where it came from.
     """
@@ -354,7 +354,7 @@ class TokenLogits(Saved, Shown):
         position: position whose next token it is.
         tokens: texts of the prompt up to there.
         values: contribution of each input token, through the embedding and attention.
-        mlp: contribution of every MLP, which belongs to no single token.
+        mlp: contribution of every MLP, which cannot be assigned to a token.
         bias: contribution of attention biases.
         constant: biases of the final norm and of the unembedding.
         whole: the logit (difference).
@@ -490,8 +490,8 @@ class RouteNode(NamedTuple):
     """Node of a route graph: a site of the residual stream, an MLP or a bias, at one position.
 
     ``embed`` (layer -1) is the input of block 0, ``resid_mid`` the stream after attention,
-    ``mlp_out`` an MLP, ``resid_post`` the stream after a block, ``bias`` the part of attention that
-    belongs to no head. Parallel blocks have no ``resid_mid``.
+    ``mlp_out`` an MLP, ``resid_post`` the stream after a block, ``bias`` the part of attention
+    outside heads. Parallel blocks have no ``resid_mid``.
     """
 
     site: str
@@ -525,7 +525,7 @@ class Routes(Saved, Shown, Tabular):
     """Information flow routes of one prompt: what flows into one position, layer by layer.
 
     The target has importance 1; every node distributes its importance to its sources by their
-    shares. What belongs to no head ends in ``bias``. Importances sum to 1 over every cut.
+    shares. Parts outside heads end in ``bias``. Importances sum to 1 over every cut.
 
     Attributes:
         tokens: texts of the prompt up to the target.

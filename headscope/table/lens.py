@@ -341,9 +341,8 @@ class Attribution(Saved, Shown, Tabular):
         tokens: text of the prompt up to there.
         embedding: contributions of token and position embedding; one part if they cannot be
             separated.
-        heads: contribution of every head; NaN where there is none, or it was pruned.
-        biases: contribution of each layer's attention that belongs to no head; NaN where there is
-            none.
+        heads: contribution of every head; NaN if there is none, or it was pruned.
+        biases: contribution of each layer's attention outside heads; NaN if there is none.
         mlps: contribution of every MLP (or block without attention).
         constant: biases of the final norm and of the unembedding.
         whole: the logit (difference).

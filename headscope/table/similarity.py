@@ -285,10 +285,10 @@ class ConceptHeads(Saved, Tabular, Shown):
 
     Attributes:
         concepts: their names.
-        heads: of the columns.
-        shares: of each head's votes, how many went to a concept: over concepts they sum to 1.
+        heads: heads of the columns.
+        shares: share of each head's votes per concept; they sum to 1 over concepts.
         null: the same with words dealt to the concepts at random, for each deal.
-        votes: how many each head cast.
+        votes: number of votes that each head cast.
         provenance: where it came from.
 
     Example:
@@ -350,7 +350,7 @@ class ConceptHeads(Saved, Tabular, Shown):
 
         Args:
             concept: its name.
-            k: how many.
+            k: number of entries.
 
         Raises:
             InputError: if there is no such concept.
@@ -511,7 +511,7 @@ class AttentionProbe(Saved, Tabular, Shown):
         uas: unlabelled attachment score on held-out sentences, from 0 to 1.
         control: its score on the control task, whose answers depend on the word alone.
         baseline: score of the best fixed offset.
-        offset: that offset.
+        offset: the fixed offset.
         words: number of words tested.
         weights: weight of each head, for ``[to_head, from_head]``; without word vectors.
         provenance: where it came from.

@@ -32,6 +32,25 @@ PHRASES = {
     r"\bmakes? no sense\b": "'is invalid'",
     r"\bas they are now\b": "'current'",
     r"\bgoes on from there\b": "'resumes'",
+    r"\bNone where\b": "'None if ...'",
+    r"\bwhere there (?:is|are) none\b": "'if there is none'",
+    r"\bwhat becomes of\b": "say what is done with it",
+    r"\bcan do with(?:out)? (?:an?|few|fewer|less|no)\b": "'needs only ...', or say what is removed",
+    r"\bhands? over\b": "'pass' or 'return'",
+    r"\bheld against\b": "'compared with'",
+    r"\bbelongs? to no\b": "'is not part of a ...'",
+    r"\blikelier\b": "'more likely'",
+    r"\b(?:one|two|three|four|ten) (?:\w+ )?at least(?= ?[.,;:)]|$)": "'at least one ...'",
+    r"\bsaid (?:twice|again)\b": "'repeated'",
+    r"\btried on\b": "'tested on'",
+    r"\bshow (?:a bar|bars)\b": "'show a progress bar'",
+    r"\bchanges? no(?:thing but| number)\b": "'affects only ...'",
+    r"\bone an? \w+ of\b": "'one ... per ...'",
+    r": likewise\.": "name what it is, or where it is described",
+    r": that (?:is|are) (?:run|asked|read)\b": "name the thing: 'model: model to run'",
+    r"\bspread evenly\b": "'uniform'",
+    r"\bwith what to do\b": "say when it is raised",
+    r"\bof kind ``": "name the thing: 'needle probe'",
 }
 # Words that were left for the field's own, with these.
 LEFT = {
@@ -78,13 +97,29 @@ def test_no_source_has_such_a_phrase() -> None:
         "steps=0 leaves nothing to run",
         "each file is whole or absent",
         "it goes on from there",
+        "the norm; None where there is none",
+        "heads that can do with a short cache",
+        "the answer becomes likelier",
+        "x: points; two at least.",
+        "random tokens said twice",
+        "progress: show a bar.",
+        "model: that is run.",
     ],
 )
 def test_a_planted_phrase_is_found(text: str) -> None:
     assert any(re.search(phrase, text, re.IGNORECASE) for phrase in PHRASES)
 
 
-@pytest.mark.parametrize("text", ["there is no head L9H9", "it is no longer there", "known of old"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "there is no head L9H9",
+        "it is no longer there",
+        "known of old",
+        "what headscope can do with MODEL",
+        "give at least two examples",
+    ],
+)
 def test_good_words_pass(text: str) -> None:
     assert not any(re.search(phrase, text, re.IGNORECASE) for phrase in PHRASES)
 

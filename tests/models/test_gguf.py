@@ -187,7 +187,7 @@ def test_an_architecture_that_nobody_reads_is_named(tmp_path: Path) -> None:
 
 
 def test_what_is_missing_is_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="has no revisions"):
+    with pytest.raises(InputError, match="files have no revisions"):
         hs.load(file, revision="main")
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
     with pytest.raises(ModelLoadError, match=r"pip install 'headscope\[gguf\]'"):

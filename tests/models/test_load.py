@@ -224,7 +224,7 @@ def test_pickled_weights_are_refused_and_never_run(tmp_path: Path) -> None:
         ({"dtype": "int3"}, "unknown dtype"),
         ({"device": "toaster"}, "unknown device 'toaster'"),
         ({"device": "xpu:3"}, "nothing can be put on device 'xpu:3'"),
-        ({"device": "meta"}, "no numbers"),
+        ({"device": "meta"}, "no data"),
     ],
 )
 def test_arguments_that_do_not_fit(options: dict[str, Any], word: str) -> None:

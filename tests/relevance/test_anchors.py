@@ -141,7 +141,7 @@ def test_prompts_hold_their_labels_and_not_the_query() -> None:
     [
         (
             {"demonstrations": [("a", " Mary went"), ("b", " Mary went")], "shots": 1},
-            "not a token of",
+            "not a separate token",
         ),
         ({"demonstrations": [("a", " Mary"), ("b", " John")]}, "single example"),
         ({"queries": [("road", " Peter")]}, "no demonstration"),

@@ -35,7 +35,7 @@ class BridgeLayer:
         value: value projections; None if they are not shown.
         kernel: a module whose ``_attn`` computes this layer's attention, where the pattern is not
             live; edits of queries and patterns then go in there.
-        write_scale: multiplier of ``z @ W_O`` on its way into the residual stream; None where the
+        write_scale: multiplier of ``z @ W_O`` on its way into the residual stream; None if the
             write is not linear in ``z``.
     """
 

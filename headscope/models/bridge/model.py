@@ -406,7 +406,7 @@ class BridgeModel(Tapped, Shown, checks=False):
 
     @property
     def unembedding(self) -> Unembedding:
-        """Final norm and unembedding, read anew each time, since weights may have been trained."""
+        """Final norm and unembedding, read each time, since weights may have changed."""
         if self.layout.final is None:
             raise UnsupportedModelError(self.limits["unembedding"])
         cap = getattr(self.bridge.cfg, "output_logits_soft_cap", None)
@@ -477,7 +477,7 @@ class BridgeModel(Tapped, Shown, checks=False):
 
     @property
     def final_entry(self) -> nn.Module | None:
-        """Module whose input is the last residual stream; None where it cannot be told."""
+        """Module whose input is the last residual stream; None if it cannot be told."""
         return self.layout.final
 
     def edited(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
@@ -509,7 +509,7 @@ def wrap_bridge(
         bridge: the user's own, or one from :func:`headscope.models.bridge.model.bridge_over`.
         name: what to call it; default: what the bridge calls it.
         tokenizer: default: the bridge's own.
-        revision: which version of the weights it holds.
+        revision: version of the weights.
 
     Raises:
         UnsupportedModelError: if its heads cannot be seen.

@@ -81,7 +81,7 @@ class BridgeLayerView:
 
 @dataclass(eq=False)
 class AttentionTaps(ABC):
-    """Hooks on the attention of a bridge; what becomes of a value is said by subclasses.
+    """Hooks on the attention of a bridge; subclasses decide how values are used.
 
     Attributes:
         module: the model under the bridge.

@@ -35,7 +35,7 @@ class Orders:
     Attributes:
         sources: the order and the words, between spaces; a token each.
         targets: the words as they are asked for.
-        links: of each example, pairs ``(target, source)`` of token positions from 0.
+        links: per example, pairs ``(target, source)`` of token positions from 0.
     """
 
     sources: list[str]
@@ -49,7 +49,7 @@ class Brackets:
 
     Attributes:
         texts: tokens between spaces.
-        partners: of each text, by token, the position of a bracket's partner from 0, -1 at words.
+        partners: per text and token, the position of a bracket's partner from 0, -1 at words.
     """
 
     texts: list[str]
@@ -78,7 +78,7 @@ def orders(
 
     Args:
         count: number of examples.
-        seed: of the draw.
+        seed: seed for the random draw.
         words: fewest and most words, which all differ.
         order: ``copy`` or ``reverse``; None: either, at random.
 
@@ -109,7 +109,7 @@ def brackets(
 
     Args:
         count: number of texts.
-        seed: of the draw.
+        seed: seed for the random draw.
         pairs: fewest and most pairs of brackets in a text.
         depth: how deep brackets stand in brackets at most.
 
@@ -162,7 +162,7 @@ def shapes(count: int = 64, seed: int = 0, *, noise: float = 0.1) -> Shapes:
 
     Args:
         count: number of pictures.
-        seed: of the draw.
+        seed: seed for the random draw.
         noise: standard deviation of the noise on each pixel, of a range of 1.
 
     Raises:
@@ -205,7 +205,7 @@ def on_patches(
 
     Args:
         covered: pixels.
-        share: of a patch's pixels.
+        share: share of a patch's pixels.
     """
     batch, height, width = covered.shape
     cut = covered.reshape(batch, height // PATCH, PATCH, width // PATCH, PATCH)

@@ -282,7 +282,7 @@ def dead_heads(model: HeadModel, z: Mapping[int, Tensor]) -> tuple[str, ...]:
     """Message that names heads whose output is always 0; None if there are none.
 
     Args:
-        model: whose output weights are asked for.
+        model: model whose output weights are read.
         z: what the output projection of each layer was given.
     """
     given_nothing, write_nothing = [], []
@@ -383,8 +383,8 @@ def _rotation(model: "HFModel") -> Iterator[LoadCheck]:
 def long_masks(model: "HFModel", length: int) -> tuple[list[LoadCheck], tuple[str, ...]]:
     """Check the masks of windows that are longer than the proof's text.
 
-    The masks that the model builds for a longer text are held against their windows as they are
-    made (the pass stops before its first block), and single rows of attention against a softmax
+    The masks that the model builds for a longer text are compared with their windows as they are
+    created (the pass stops before its first block), and single rows of attention against a softmax
     over the keys that such a mask shows.
     """
     windows = sorted({w for w in model.shape.windows if w is not None and w >= length})

@@ -43,8 +43,8 @@ class _Placed:
         """Boxes of cells, row by row, cut off at the picture's edges; NaN where nothing is left.
 
         Args:
-            rows: of cells.
-            columns: of cells.
+            rows: number of rows of cells.
+            columns: number of columns of cells.
             cell: height and width of each, in pixels that the model reads.
             size: height and width of the picture.
         """
@@ -73,11 +73,11 @@ class _Picture:
     """What is known of one picture in a text.
 
     Attributes:
-        config: of the model.
-        inputs: that belong to it: pixels, and what its processor gave beside them.
-        tokens: how many stand for it.
+        config: transformers config of the model.
+        inputs: its inputs: pixels, and what the processor returned with them.
+        tokens: number of tokens that represent it.
         size: height and width, as the user gave them; None: as the model reads it.
-        tiles: rows and columns of tiles; None where the family cuts no pictures.
+        tiles: rows and columns of tiles; None if the family cuts no pictures.
         processor: entries of the image processor's config; empty where it is not known.
     """
 
@@ -251,8 +251,8 @@ class _Tiled:
     """Text of a family that cuts pictures into tiles (smolvlm, idefics3).
 
     Attributes:
-        tokens: of the text.
-        places: of the tokens that stand for images.
+        tokens: tokens of the text.
+        places: positions of the image tokens.
         each: tokens that stand for a tile.
         side: height and width of a tile, in pixels.
     """
@@ -489,9 +489,9 @@ def image_boxes(
     """Box of every image token in its picture.
 
     Args:
-        config: of the model.
+        config: transformers config of the model.
         texts: with images, as the model's processor gives them.
-        token: that stands for a piece of an image.
+        token: id of the token that represents a piece of an image.
         sizes: height and width of the pictures before the processor; None: as the model reads them.
         tiles: rows and columns of tiles, where a family cuts pictures and neither the words between
             them nor sizes tell.

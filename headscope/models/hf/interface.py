@@ -47,7 +47,7 @@ class Route:
     """Destination of the attention calls of some modules.
 
     Attributes:
-        modules: whose calls; None: everybody's.
+        modules: modules whose calls count; None: all.
         thread: in which thread; None: in all.
     """
 
@@ -95,16 +95,17 @@ class MaskFacts:
     """Facts about one attention call that the model's mask reveals.
 
     Attributes:
-        rule: which keys a query sees, padding apart.
+        rule: which keys a query sees, apart from padding.
         padded: whether any key is padding.
         end: number of keys that any query sees; a static cache has more.
         function: transformers' definition of the mask, of examples, heads, queries and keys.
         use_vmap: whether that takes single indices only.
-        refused: why attention under this mask is refused; None where it is not. Some families
-            also make masks that no attention is called with (an encoder's, in bart's decoder).
-        reach: of blocks of positions that see each other; see :class:`AttentionCall`.
-        keys: which keys are real, of a mask to which the family added a bias (beit): the tensor
-            that the facts belong to is that bias. None where it is the mask itself.
+        refused: why attention under this mask is refused; None if it is not. Some families also
+            make masks that no attention is called with (an encoder's, in bart's decoder).
+        reach: last visible key of blocks of positions that see each other; see
+            :class:`AttentionCall`.
+        keys: mask of real keys, if the family added a bias to its mask (beit) and the facts are
+            those of the bias; None if they are the mask's own.
     """
 
     rule: MaskRule
@@ -267,7 +268,7 @@ def _blocks(
     """Rule of a causal mask with bidirectional blocks, and those blocks.
 
     Returns:
-        None where the mask is another; else the rule and the last key that each position sees.
+        None if the mask is another; else the rule and the last key that each position sees.
     """
     places = torch.arange(length, device=device)
     parts = places.split(max(1, _WHOLE // length))
@@ -313,7 +314,7 @@ def routed(
         configs: config objects that the model's modules hold.
         handler: gets the calling module and its call, returns ``[batch query head d_value]``.
             Heads that were pruned are in the call, under their numbers, with nothing but zeros.
-        modules: whose calls go there; None: everybody's.
+        modules: modules whose calls are routed; None: all.
         all_threads: whether calls of other threads go there too.
     """
     global _ROUTES

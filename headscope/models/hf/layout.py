@@ -43,11 +43,11 @@ from headscope.models.running import Finished, accepted, answer, pass_over, runs
 class LayerParts:
     """Modules of one attention layer.
 
-    ``write_scale`` multiplies ``z @ W_O`` on its way into the residual stream; None where the
-    write is not linear in ``z`` (a norm after attention). ``channel_scale`` names a vector of the
-    block that multiplies it too, channel by channel (layer scale). ``input_norm`` makes
-    attention's input of the block's; None where attention reads the block's input itself
-    (``reads_residual``) or something that is not a plain norm of it.
+    ``write_scale`` multiplies ``z @ W_O`` on its way into the residual stream; None if the write is
+    not linear in ``z`` (a norm after attention). ``channel_scale`` names a vector of the block that
+    multiplies it too, channel by channel (layer scale). ``input_norm`` makes attention's input of
+    the block's; None if attention reads the block's input itself (``reads_residual``) or something
+    that is not a plain norm of it.
     """
 
     layer: int
@@ -70,7 +70,7 @@ class Layout:
         logit_map: what makes logits of the unembedding's outputs; None if that is not known.
         mask: rule of all layers, windows apart.
         has_logits: whether it gives a logit of every token at every position, or of every class.
-        unembedding: matrix that makes logits; None where there is none.
+        unembedding: matrix that makes logits; None if there is none.
         grid: how images are cut into positions; None in a model of texts.
     """
 
@@ -402,7 +402,7 @@ def arguments(model: Any, batch: Batch) -> dict[str, Any]:
 
     Args:
         model: a transformers model.
-        batch: of texts or images.
+        batch: batch of texts or images.
     """
     place = device_of(model)
     if batch.sequence == PATCHES:
@@ -488,7 +488,7 @@ def _specials(model: Any, count: int) -> tuple[str, ...]:
 
 
 def _classifier(watch: Watch, logits: tuple[Tensor, Tensor] | None) -> Any:
-    """Matrix whose outputs are the logits of classes; None where there is none."""
+    """Matrix whose outputs are the logits of classes; None if there is none."""
     if logits is None:
         return None
     found = [

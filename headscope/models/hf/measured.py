@@ -266,7 +266,7 @@ class Watch:
     Attributes:
         calls: attention modules with their calls, in order.
         projections: output projection by attention module; ``writes`` what it returned.
-        inputs, outputs: of the last call of each module.
+        inputs, outputs: inputs and outputs of each module's last call.
         looked_up: rows of every table that were asked for last.
         uses: how often each module was called.
         single: modules that were given one tensor and nothing else.
@@ -313,7 +313,7 @@ class Watch:
 def write_scales(
     watch: Watch, layers: Mapping[int, tuple[nn.Module, nn.Module]]
 ) -> dict[int, float | None]:
-    """Multipliers m with which blocks add ``m * (z @ W_O)`` to their input; None where they do not.
+    """Multipliers m with which blocks add ``m * (z @ W_O)`` to their input; None if they do not.
 
     Deep residual streams are so much longer than one layer's write that rounding hides it, in
     half precision above all; such layers are taken to do as the clearest layer does.
@@ -400,9 +400,9 @@ def _blur(watch: Watch, block: nn.Module, attention: nn.Module) -> float:
 def _write_scale(watch: Watch, block: nn.Module, attention: nn.Module) -> float | None:
     """Multiplier of one block.
 
-    Sequential blocks: the input of some norm inside is ``x + m * write``, and the block's output
-    is that plus what another module wrote. Parallel blocks: the block's output less what a child
-    of the block wrote is ``x + m * write``.
+    Sequential blocks: the input of some norm inside is ``x + m * write``, and the block's output is
+    that plus what another module wrote. Parallel blocks: the block's output minus the write of one
+    of its children is ``x + m * write``.
     """
     if not {block} <= watch.inputs.keys() & watch.outputs.keys() or attention not in watch.writes:
         return None
@@ -431,7 +431,7 @@ def _write_scale(watch: Watch, block: nn.Module, attention: nn.Module) -> float 
 
 
 def _scale(added: Tensor, write: Tensor, tolerance: float) -> float | None:
-    """Multiplier with which a write was added; None where something else was, or too little."""
+    """Multiplier with which a write was added; None if something else was, or too little."""
     scale, error = _multiple(added, write)
     if abs(scale) <= 1e-3 or not Gap(error, tolerance).closed:
         return None
@@ -482,8 +482,9 @@ class Writers:
     """Modules of one block that write to the stream, by name.
 
     Attributes:
-        attention: whose output is attention's write; the projection's or that of a norm after it.
-        mlp: whose output is the other write.
+        attention: module whose output is attention's write; the projection's or that of a norm
+            after it.
+        mlp: module whose output is the other write.
         attention_scale, mlp_scale: multipliers on the way into the stream.
         normed: whether a norm stands behind the projection.
         error: share of the block's write that this leaves unexplained; above 1 where one of the
@@ -504,7 +505,7 @@ def find_writers(
     """Writers of every block with attention; deep blocks, whose writes rounding hides, as others.
 
     Args:
-        seen: of one pass.
+        seen: record of one pass.
         blocks: block and output projection by layer.
 
     Raises:
@@ -663,7 +664,7 @@ class MeasuredParts(ABC):
 
     @abstractmethod
     def need_values(self, layer: int) -> None:
-        """Refuse where the values of a layer are not what its weights give."""
+        """Raise if a layer's values are not given by its weights."""
 
     @abstractmethod
     def rotation(self, layer: int) -> Rotation:

@@ -74,8 +74,8 @@ def pooled(
     """One pooled vector per example.
 
     Args:
-        output: of a model without a head.
-        real: 0 at padding; None where there is none.
+        output: output of a model without a head.
+        real: 0 at padding; None if there is none.
         pooling: ``own``, ``first`` or ``mean``.
     """
     if pooling == "own":
@@ -180,7 +180,7 @@ class HFModel(Tapped, Shown, checks=False):
         """Modules of the layers before a layer.
 
         Args:
-            layer: that they come before.
+            layer: layer that they precede.
         """
         return tuple(self.layout.blocks[:layer])
 
@@ -261,7 +261,7 @@ class HFModel(Tapped, Shown, checks=False):
 
     @property
     def unembedding(self) -> Unembedding:
-        """Final norm and unembedding, read anew each time, since weights may have been trained."""
+        """Final norm and unembedding, read each time, since weights may have changed."""
         if self.layout.final_norm is None or self.layout.logit_map is None:
             raise UnsupportedModelError(self.limits["unembedding"])
         return find_unembedding(
@@ -371,7 +371,7 @@ class HFModel(Tapped, Shown, checks=False):
 
     @property
     def final_entry(self) -> nn.Module | None:
-        """Module whose input is the last residual stream; None where it cannot be told."""
+        """Module whose input is the last residual stream; None if it cannot be told."""
         return self.layout.final_norm
 
     def edited(self, edits: Sequence[Edit]) -> AbstractContextManager[None]:
@@ -382,7 +382,7 @@ class HFModel(Tapped, Shown, checks=False):
     def learn_padding(self, real: Bool[Tensor, "batch pos"] | None) -> None:
         """Measure how the family counts positions under padding, when a pass needs it.
 
-        Call this before hooking the model for a pass: it runs tiny passes of its own.
+        Call this before hooking the model for a pass: it runs tiny passes itself.
 
         Raises:
             UnsupportedModelError: if the family reads padded texts in another way.
@@ -418,7 +418,7 @@ class HFModel(Tapped, Shown, checks=False):
 
     @cached_property
     def image_token(self) -> int | None:
-        """Token that stands for a piece of an image; None where it reads texts or images alone."""
+        """Token that stands for a piece of an image; None if it reads texts or images alone."""
         token = getattr(self.module.config, "image_token_id", None)
         sees = self.grid is None and PIXELS in self._arguments
         return int(token) if sees and isinstance(token, int) else None
@@ -490,7 +490,7 @@ class HFModel(Tapped, Shown, checks=False):
 
         Args:
             texts: without padding behind them.
-            tokens: that follow.
+            tokens: tokens that follow.
         """
         length, device = texts.tokens.shape[1], texts.tokens.device
         grown = torch.cat([texts.tokens, tokens.to(device)], 1)
@@ -576,8 +576,8 @@ class HFModel(Tapped, Shown, checks=False):
     def _pointwise_head(self) -> nn.Module | None:
         """Module that makes logits of the body's output, if it does so at each position alone.
 
-        Proved by a tiny pass: given one position, it gives that position's logits. None where
-        there is no such module, as in models whose head reads several positions.
+        Proved by a tiny pass: given one position, it gives that position's logits. None if there is
+        no such module, as in models whose head reads several positions.
         """
         body, entered = body_of(self.module), list[nn.Module]()
         if self.speaker is not self.module or body is self.module or self.grid is not None:
@@ -623,7 +623,7 @@ class HFModel(Tapped, Shown, checks=False):
         """Output at every position; the embedding of a whole example is repeated at all of them.
 
         Args:
-            output: of the speaker.
+            output: output of the module that is read.
             inputs: what it was given.
         """
         real = inputs.get("attention_mask")
@@ -639,7 +639,7 @@ class HFModel(Tapped, Shown, checks=False):
         """Map from the last residual stream at the first position to the example's embedding.
 
         Final norm and projection as an unembedding, whose outputs are the parts of the vector.
-        Found in one tiny pass, where nothing else stands in between.
+        Found in one tiny pass, if nothing else is in between.
 
         Raises:
             UnsupportedModelError: if something does (attention pooling, a pooler's tanh).
@@ -688,7 +688,7 @@ class HFModel(Tapped, Shown, checks=False):
         """The same model with embeddings of whole examples in place of logits.
 
         Args:
-            pooling: which; see :class:`headscope.metrics.EmbeddingMetric`.
+            pooling: how the vector is pooled; see :class:`headscope.metrics.EmbeddingMetric`.
 
         Raises:
             UnsupportedModelError: if the model does not give that one.
@@ -739,9 +739,9 @@ class HFModel(Tapped, Shown, checks=False):
         """The same model, whose logits are what its embeddings make of those of texts.
 
         Args:
-            names: of the texts.
+            names: names of the texts.
             texts: their embeddings.
-            scale: of the cosines.
+            scale: multiplier of the cosines.
             bias: added to all.
 
         Raises:

@@ -55,7 +55,7 @@ class SeenLayer:
 
     Attributes:
         read: what attention read.
-        query, key, value: of its call.
+        query, key, value: queries, keys and values of its attention call.
         modules: input and output of every module inside that was given one tensor and made one,
             whatever their axes mean.
     """
@@ -71,8 +71,9 @@ def short_pass(model: "HFModel", batch: Batch, at: list[int]) -> dict[int, SeenL
     """Run a short batch; keep what every attention layer shows at some positions.
 
     Args:
-        model: that runs.
-        batch: of a text, its length differs from the number of heads, to tell axes apart.
+        model: model to run.
+        batch: batch to run; a text's length must differ from the number of heads, to distinguish
+            the axes.
         at: positions.
     """
     parts, length = model.layout.by_attention(), model.n_queries(Texts.of(batch))
@@ -229,10 +230,11 @@ def find_turning(
     """Find what takes a layer's queries and keys from their matrices to the scores; or say why not.
 
     Args:
-        model: whose layer it is.
+        model: model of the layer.
         layer: its number.
-        seen: of a short pass at the first positions of :data:`headscope.models.rotary.POSITIONS`.
-        weights: of this layer.
+        seen: record of a short pass, at the first positions of
+            :data:`headscope.models.rotary.POSITIONS`.
+        weights: weights of the layer.
         known: rotations of other layers, tried first.
     """
     exact = model.dtype in (torch.float32, torch.float64)
@@ -289,7 +291,7 @@ def _side(
 
 
 def _by_head(value: Tensor, layout: AxisOrder, shape: torch.Size) -> Tensor | None:
-    """Queries or keys as ``[batch head pos d_head]``; None where this layout does not fit."""
+    """Queries or keys as ``[batch head pos d_head]``; None if this layout does not fit."""
     batch, heads, positions, d_head = shape
     held = {
         "position first": (batch, positions, heads, d_head),
@@ -418,8 +420,8 @@ class WeightLayout:
     """Training-independent layout of one layer's weights, and what follows them.
 
     Attributes:
-        sources: which outputs of which modules make queries, keys and values.
-        values: why values are not what weights give; None where they are.
+        sources: module outputs that queries, keys and values are made from.
+        values: why values are not what weights give; None if they are.
         turning: what follows the weights of queries and keys; or why that cannot be told.
     """
 
@@ -559,7 +561,7 @@ class HFParts(MeasuredParts):
         return read_weights(self.model, layer, reading.sources, self.model.shape.d_model)
 
     def need_values(self, layer: int) -> None:
-        """Refuse where the values of a layer are not what its weights give.
+        """Raise if a layer's values are not given by its weights.
 
         Raises:
             UnsupportedModelError: with the reason.

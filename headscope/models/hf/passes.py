@@ -203,7 +203,7 @@ def written_call(
     """A call with its queries, keys and values as they are written.
 
     Args:
-        call: of one layer.
+        call: attention call of one layer.
         span: positions of the queries; a cache's free places behind them go.
         through: ``(tap, value, positions) -> value``.
     """

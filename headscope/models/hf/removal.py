@@ -44,7 +44,7 @@ class LayerRemoval(BaseModel):
         outputs: by input projection, how many outputs are left.
         blocks: by input projection, which block of d_head outputs stands at each place, where
             some repeat.
-        returns: how many values the attention module returns; None: one bare tensor.
+        returns: number of values that the attention module returns; None: a single tensor.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

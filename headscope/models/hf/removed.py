@@ -28,7 +28,7 @@ class Kept:
         heads: query heads, in order.
         kv_heads: for every key/value head that attention is given, its number; several times
             where grouped query heads went unevenly.
-        n_heads, n_kv_heads: how many there were.
+        n_heads, n_kv_heads: numbers of heads before pruning.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class ReadsKept(nn.Module):
     """Output projection of the heads that are there; stands before the projection's own class.
 
     Attributes:
-        headscope_kept: which they are.
-        headscope_width: how many numbers they give together.
+        headscope_kept: indices of the kept outputs.
+        headscope_width: number of outputs in total.
     """
 
     headscope_kept: Kept

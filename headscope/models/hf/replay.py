@@ -188,10 +188,10 @@ class Resumable:
     @classmethod
     @torch.no_grad()
     def of(cls, model: "HFModel | StackView", texts: Texts) -> "Resumable | None":
-        """Run a batch once, cleanly; None where a block runs more than once, or not at all.
+        """Run a batch once, cleanly; None if a block runs more than once, or not at all.
 
         Args:
-            model: that is run.
+            model: model to run.
             texts: the batch.
         """
         blocks = model.blocks_before(model.shape.n_layers)
@@ -382,7 +382,7 @@ def attend(
     Args:
         call: queries, keys and values of the replayed positions; its padding mask is whole.
         prefix: what stands before them.
-        queries: which of the replayed positions, counted from the first of them; None: all.
+        queries: replayed positions to use, counted from the first; None: all.
     """
     n_queries = call.n_queries if queries is None else len(queries)
     n_keys = prefix.length + call.n_keys
@@ -478,7 +478,7 @@ class Replay:
                 stops once all were read.
 
         Returns:
-            Last residual stream of every variant at the positions read; None where it stopped.
+            Last residual stream of every variant at the positions read; None if it stopped.
         """
         starts = [self.start(variant) for variant in variants]
         layer, first = min(s[0] for s in starts), min(s[1] for s in starts)

@@ -530,7 +530,7 @@ class StackView(Tapped, Shown, checks=False):
         """Modules that run before a layer: its own stack's, and the encoder's before a decoder's.
 
         Args:
-            layer: of this stack.
+            layer: layer of this stack.
         """
         own = tuple(self.layout.blocks[:layer])
         if self.stack_name == "encoder":
@@ -657,7 +657,7 @@ class StackParts:
         raise self.view._refused(f"reading {site}")
 
     def __getattr__(self, name: str) -> Any:
-        """Refuse what is not measured."""
+        """Delegate everything else to the measured parts."""
         if name.startswith("_"):
             raise AttributeError(name)
         raise self.view._refused(f"reading {name.replace('_', ' ')}")

@@ -39,8 +39,8 @@ class Around:
 
     Attributes:
         attention: the module itself.
-        before: norm whose output attention reads; None where it reads the stream itself.
-        behind: norm of the stream with attention's write added; None where there is none.
+        before: norm whose output attention reads; None if it reads the stream itself.
+        behind: norm of the stream with attention's write added; None if there is none.
     """
 
     attention: nn.Module
@@ -53,8 +53,9 @@ class Sublayer:
     """What one attention adds its write to.
 
     Attributes:
-        bias: of the output projection; zeros where there is none.
-        gain, offset, epsilon: of the layer norm behind; None, None, 0 where there is none.
+        bias: bias of the output projection; zeros if there is none.
+        gain, offset, epsilon: parameters of the layer norm after it; None, None, 0 if there is
+            none.
     """
 
     bias: Float[Tensor, " d_model"]
@@ -261,7 +262,7 @@ def write_from(
         model: an encoder-decoder.
         state: from :meth:`EncoderStates.at`.
         texts: a source and a target, of which only the first token is used.
-        length: of what is written.
+        length: length of the written text.
     """
     sides = Sides.of(texts, model.name)
     written = sides.target[:, :1].to(model.device)
@@ -312,7 +313,7 @@ class MixerModel:
     """A transformers language model as a sequence of blocks.
 
     Attributes:
-        name: of the model.
+        name: name of the model.
         module: the model.
         blocks: in order.
     """
@@ -389,7 +390,7 @@ class MixerModel:
 
 
 def _named(block: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
-    """The one part of a block that has such a name; None where none or several have."""
+    """The one part of a block that has such a name; None if none or several have."""
     found = [part for name, part in block.named_children() if name in names]
     return found[0] if len(found) == 1 else None
 

@@ -44,13 +44,13 @@ class Pass:
     """One pass with its taps.
 
     Attributes:
-        model: that runs.
+        model: model to run.
         reads, writes: functions by tap.
-        span: which positions the pass runs.
+        span: positions that the pass runs.
         until: tap after which it stops.
         stops: whether it stops once every tap was seen.
         grad: whether gradients are tracked: then what is read is what the pass goes on with.
-        real: False at padding, on the model's device; None where there is none.
+        real: False at padding, on the model's device; None if there is none.
         inputs: what the model reads beside tokens.
     """
 
@@ -234,7 +234,7 @@ class Tapped(ABC):
 
     @property
     def grid(self) -> PatchGrid | None:
-        """How it cuts images into positions; None where it reads texts."""
+        """How it cuts images into positions; None if it reads texts."""
         return None
 
     def taps(
@@ -368,7 +368,7 @@ class Tapped(ABC):
     def _logits_of(
         self, run: Pass, texts: Texts, logits_at: Int[Tensor, " at"] | None
     ) -> Float[Tensor, "batch at width"] | None:
-        """Logits of a pass through its writes and reads; None where it stops before."""
+        """Logits of a pass through its writes and reads; None if it stops before."""
         if run.stops and not (run.missing or run.until):
             return None  # there is nothing to see
         try:
@@ -416,7 +416,7 @@ class OwnPasses(threading.local):
     """Positions of a pass that the model's owner runs in this thread.
 
     Attributes:
-        span: of the pass that began last.
+        span: positions of the pass that began last.
         asked: length of the prompt that ``generate`` was given; None outside of it.
     """
 

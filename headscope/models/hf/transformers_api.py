@@ -115,7 +115,7 @@ def commit_hash(config: Any, place: str, revision: str | None) -> str | None:
     Args:
         config: that was read; of transformers before 5.20 it names the commit itself.
         place: name of the repository, or a folder.
-        revision: that was asked for; what is returned where no commit is known.
+        revision: requested revision, returned if no commit is known.
     """
     commit: str | None = getattr(config, "_commit_hash", None)
     if commit is None:

@@ -97,7 +97,7 @@ def _watch(model: "HFModel", readers: bool = False) -> _Watched:
     """One tiny pass whose graph starts at the outputs of matrices.
 
     Args:
-        model: that runs.
+        model: model to run.
         readers: take the modules that read attention's input instead of all that hold a matrix,
             and hold what norms divide by fixed.
     """
@@ -361,7 +361,7 @@ class InputSource:
     """Where one layer's queries, keys or values come from.
 
     Attributes:
-        name: of the module that reads attention's input, inside the attention module.
+        name: name of the module that reads attention's input, inside the attention module.
         outputs: its outputs that are each head's numbers, in order; -1 where a head was pruned.
     """
 
@@ -418,9 +418,9 @@ def read_weights(model: "HFModel", layer: int, sources: Sources, width: int) -> 
     """Current attention weights of one layer.
 
     Args:
-        model: whose they are.
+        model: model that they belong to.
         layer: the model's layer number.
-        sources: of this layer.
+        sources: sources of the layer's queries, keys and values.
         width: length of the vectors that attention reads.
     """
     sides = {}
@@ -448,7 +448,7 @@ def _output_side(model: "HFModel", layer: int) -> dict[str, Tensor]:
 
 
 def not_by_head(model: "HFModel", reason: str) -> UnsupportedModelError:
-    """The error of a layer whose weights cannot be told apart."""
+    """Error for a layer whose weights cannot be separated by head."""
     return UnsupportedModelError(
         f"{model.name} has no weights per head that its activations confirm: {reason}."
     )
