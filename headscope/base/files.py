@@ -64,7 +64,7 @@ def paragraphs(text: str) -> list[str]:
 
 
 def cache_folder() -> Path | None:
-    """Folder for what is worth keeping between runs; None where nothing shall be kept.
+    """Folder for what is worth keeping between runs; None if nothing shall be kept.
 
     ``HEADSCOPE_CACHE`` names it, or says ``off``. Default: ``headscope`` in ``XDG_CACHE_HOME`` or
     in ``~/.cache``. Nothing is created here.

@@ -40,7 +40,7 @@ PHRASES = {
     r"\bheld against\b": "'compared with'",
     r"\bbelongs? to no\b": "'is not part of a ...'",
     r"\blikelier\b": "'more likely'",
-    r"\b(?:one|two|three|four|ten) (?:\w+ )?at least(?= ?[.,;:)]|$)": "'at least one ...'",
+    r"\b(?:one|two|three|ten) (?:\w+ )?at least(?=[.,;:)]|$)": "'at least one ...'",
     r"\bsaid (?:twice|again)\b": "'repeated'",
     r"\btried on\b": "'tested on'",
     r"\bshow (?:a bar|bars)\b": "'show a progress bar'",
