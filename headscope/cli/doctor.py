@@ -1,4 +1,4 @@
-"""``headscope doctor``: installed packages, and what works with a model."""
+"""``headscope doctor``: installed packages, and what headscope can do with MODEL."""
 
 import json
 import os

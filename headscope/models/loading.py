@@ -362,7 +362,9 @@ def load(
         trust_remote_code: run code from the model's repository; requires a 40-digit ``revision``.
         allow_pickle: also accept weights that are not safetensors.
         check: verify on a text of 64 to 256 tokens that headscope reads what the model computes
-            (two passes, once per process for the same weights); see ``model.proof``.
+            (two passes, once per process for the same weights); see ``model.proof``. Of a model
+            read from files, the proof is kept for later runs with the same weights, code and device
+            (``model.proof.remembered``), in ``HEADSCOPE_CACHE``.
         extrapolate: accept texts longer than the config's context, for rotary positions only;
             results that use such positions are marked.
 

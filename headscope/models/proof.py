@@ -171,6 +171,7 @@ class Proof:
         checks: worst check of each kind over all layers.
         facts: other observations, as sentences.
         limits: capabilities lost to failed checks, with reasons.
+        remembered: whether it was made by an earlier run, of the same weights, code and device.
     """
 
     tokens: int = 0
@@ -232,6 +233,9 @@ def prove(model: "HFModel | Seq2SeqModel | BridgeModel", *, remember: bool = Fal
 
     Args:
         model: model wrapped by headscope.
+        remember: for a module that was just read from files: keep the proof in
+            :func:`headscope.base.files.cache_folder`, and take it from there where the digest of
+            the weights, the config, the device, the code and versions are all the same.
 
     Raises:
         ModelLoadError: if the model does not run, or its weights are broken.

@@ -35,7 +35,7 @@ PHRASES = {
     r"\bNone where\b": "'None if ...'",
     r"\bwhere there (?:is|are) none\b": "'if there is none'",
     r"\bwhat becomes of\b": "say what is done with it",
-    r"\bcan do with(?:out)? (?:an?|few|fewer|less|no)\b": "'needs only ...', or say what is removed",
+    r"\bcan do with(?:out)? (?:an?|few|fewer|less|no)\b": "'needs only ...'",
     r"\bhands? over\b": "'pass' or 'return'",
     r"\bheld against\b": "'compared with'",
     r"\bbelongs? to no\b": "'is not part of a ...'",
