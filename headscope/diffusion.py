@@ -1,6 +1,6 @@
-"""Cross-attention of diffusion models: which text tokens each head shows the image, and ablation.
+"""Cross-attention of diffusion models: text tokens that each head attends to, and ablation.
 
-A UNet or a DiT of diffusers reads a text through cross-attention: queries are places of the image,
+A UNet or DiT in diffusers reads a text through cross-attention: queries are positions in the image,
 keys are tokens. Needs the extra ``diffusion``. One call is one denoising step.
 """
 
@@ -30,33 +30,34 @@ if TYPE_CHECKING:
 
 _STACK = "cross"
 _TEXT = "encoder_hidden_states"
-_ROWS_BYTES = 1 << 27  # of rows that are held at once
+_ROWS_BYTES = 1 << 27  # bytes of rows held at once
 _TOKENS = ScoreSpec(
     "token_attention",
     unit="attention",
     bounds=(0.0, 1.0),
     alternative="two-sided",
     source="cross-attention maps by head, as in Park et al. 2025 (arXiv 2412.02237)",
-    description="Attention of all places of the image to the chosen text tokens, mean over places.",
+    description="Attention from the image to the chosen text tokens, mean over image positions.",
 )
 _EFFECT = ScoreSpec(
     "prediction_change",
     unit="share",
     bounds=(0.0, None),
     source="ablation of cross-attention heads, one denoising step",
-    description="Distance of the prediction to the clean one, over the length of the clean one.",
+    description="Distance of the prediction from the clean one, relative to its norm.",
 )
-# Reads rows ``[batch head query token]`` and outputs ``[batch head query d_head]`` of some queries.
+# Receives rows ``[batch head query token]`` and outputs ``[batch head query d_head]`` of some
+# queries.
 Reader = Callable[[int, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
 class CrossLayer:
-    """One cross-attention of a diffusion model.
+    """One cross-attention layer of a diffusion model.
 
     Attributes:
-        name: of its module.
-        n_heads: query heads.
+        name: name of the module.
+        n_heads: number of query heads.
         d_head: size of a head.
     """
 
@@ -67,11 +68,11 @@ class CrossLayer:
 
 @dataclass(frozen=True, eq=False)
 class Diffusion:
-    """A denoiser seen through its cross-attention; layers are numbered in the order of a pass.
+    """A denoiser with access to its cross-attention heads; layers are numbered in execution order.
 
     Attributes:
-        module: of diffusers.
-        layers: with cross-attention; their numbers of heads may differ.
+        module: diffusers module.
+        layers: layers with cross-attention, which may have different numbers of heads.
     """
 
     module: Any
@@ -92,19 +93,19 @@ class Diffusion:
         )
 
     def check(self, heads: Iterable[tuple[int, int]]) -> None:
-        """Refuse heads that the model does not have.
+        """Raise InputError for heads that the model does not have.
 
         Args:
-            heads: layer and head of each.
+            heads: layer and number of each head.
 
         Raises:
-            InputError: naming the first.
+            InputError: if a head does not exist; the message names the first one.
         """
         for layer, head in heads:
             if not (layer < len(self.layers) and head < self.layers[layer].n_heads):
                 raise InputError(
-                    f"{self.name} has no head {HeadIndex(layer, head, _STACK)}: its layers of "
-                    "cross-attention have "
+                    f"{self.name} has no head {HeadIndex(layer, head, _STACK)}: its "
+                    "cross-attention layers have "
                     f"{', '.join(str(one.n_heads) for one in self.layers)} heads."
                 )
 
@@ -116,16 +117,17 @@ class Diffusion:
         read: Reader | None = None,
         values: Mapping[tuple[int, int], Tensor] | None = None,
     ) -> Float[Tensor, "batch *place"]:
-        """Predict once, with some heads' outputs replaced.
+        """Run one prediction, with some heads' outputs replaced.
 
         Args:
-            inputs: of the module's ``forward``: latents, ``timestep``, ``encoder_hidden_states``.
-            read: called by layer with exact rows and outputs of some queries.
-            values: by layer and head, what takes the place of the head's output at all places,
-                ``[d_head]``; before the output projection.
+            inputs: arguments of the module's ``forward``: latents, ``timestep``,
+                ``encoder_hidden_states``.
+            read: called per layer with exact rows and outputs of some queries.
+            values: by layer and head, replacement ``[d_head]`` for the head's output before the
+                output projection, at all positions.
 
         Raises:
-            InputError: if there is no text, or no such head.
+            InputError: if there is no text, or a head does not exist.
         """
         self._check(inputs)
         self.check(values or {})
@@ -155,7 +157,7 @@ class Diffusion:
     def _seen(
         self, read: Reader | None, values: Mapping[tuple[int, int], Tensor]
     ) -> Iterator[None]:
-        """Scope in which cross-attention runs by our code, in the order that was found."""
+        """Scope in which cross-attention runs through headscope, in execution order."""
         attentions = [self.module.get_submodule(layer.name) for layer in self.layers]
         before = [attention.processor for attention in attentions]
         was: bool = self.module.training
@@ -171,14 +173,14 @@ class Diffusion:
             self.module.train(was)
         if order != list(range(len(attentions))):
             raise UnsupportedModelError(
-                f"{self.name} runs its cross-attention in the order {order}, so that its layers "
-                "cannot be numbered."
+                f"{self.name} runs its cross-attention in the order {order}, so its layers cannot "
+                "be numbered."
             )
 
 
 @dataclass(frozen=True, eq=False)
 class _Processor:
-    """Plain multi-head cross-attention on the module's own matrices, with rows and edits."""
+    """Plain multi-head cross-attention with the module's own matrices, with reads and edits."""
 
     number: int
     read: Reader | None
@@ -248,16 +250,16 @@ class _Processor:
 
 @checked
 def load(module: Any) -> Diffusion:
-    """Take a denoiser of diffusers by its cross-attention heads.
+    """Wrap a diffusers denoiser, to access its cross-attention heads.
 
     Args:
         module: a UNet (``UNet2DConditionModel``) or a DiT with cross-attention
-            (``PixArtTransformer2DModel``), as ``pipeline.unet`` or ``pipeline.transformer``. It is
-            used as it is and left as it was.
+            (``PixArtTransformer2DModel``), e.g. ``pipeline.unet`` or ``pipeline.transformer``. It
+            is not changed.
 
     Raises:
-        InputError: if diffusers is not installed, or it is another kind of model.
-        UnsupportedModelError: if it has no cross-attention, or one of another kind.
+        InputError: if diffusers is not installed, or the module is not a diffusers model.
+        UnsupportedModelError: if it has no plain cross-attention.
 
     Example:
         >>> hs.diffusion.load(torch.nn.Linear(2, 2))
@@ -273,7 +275,7 @@ def load(module: Any) -> Diffusion:
         ) from error
     if not isinstance(module, ModelMixin):
         raise InputError(
-            f"a {type(module).__name__} is not a model of diffusers: give pipeline.unet or "
+            f"a {type(module).__name__} is not a diffusers model: give pipeline.unet or "
             "pipeline.transformer."
         )
     found = [
@@ -283,18 +285,18 @@ def load(module: Any) -> Diffusion:
     ]
     if not found:
         raise UnsupportedModelError(
-            f"{type(module).__name__} has no cross-attention: its text, where it reads one, joins "
-            "the image in one sequence."
+            f"{type(module).__name__} has no cross-attention: if it reads a text, text and image "
+            "form one sequence."
         )
     for name, one in found:
         plain = type(one.processor) in (AttnProcessor, AttnProcessor2_0)
         if not plain or one.spatial_norm is not None or one.add_k_proj is not None:
             raise UnsupportedModelError(
-                f"{type(module).__name__} computes {name} by {type(one.processor).__name__}, which "
-                "does more than attention of the image to the text: remove adapters, and set "
+                f"{type(module).__name__} computes {name} with {type(one.processor).__name__}, "
+                "which does more than attention from image to text: remove adapters, and set "
                 "diffusers' own processor."
             )
-    # A UNet goes down, through its middle, and up again; its modules are listed in another order.
+    # A UNet runs its down, middle and up blocks; its modules are listed in another order.
     place = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
     found.sort(key=lambda one: place.get(one[0].split(".")[0], 0))
     return Diffusion(
@@ -308,10 +310,11 @@ def load(module: Any) -> Diffusion:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenAttention(Saved, Shown, Tabular):
-    """Attention of the image to each text token, by head, mean over places of the image.
+    """Attention from the image to each text token, by head, mean over image positions.
 
     Attributes:
-        weights: NaN where a layer has fewer heads; a row sums to 1 over tokens.
+        weights: attention ``[batch layer head token]``, summing to 1 over tokens; NaN in layers
+            with fewer heads.
         provenance: where it came from.
     """
 
@@ -353,10 +356,10 @@ class TokenAttention(Saved, Shown, Tabular):
         )
 
     def to(self, tokens: int | Sequence[int]) -> HeadScores:
-        """What some tokens get together, by head.
+        """Total attention to some tokens, by head.
 
         Args:
-            tokens: positions in the text; one or several.
+            tokens: one or several positions in the text.
 
         Raises:
             InputError: if there is no such token.
@@ -375,7 +378,7 @@ class TokenAttention(Saved, Shown, Tabular):
 
 
 def _empty(model: Diffusion, *more: int) -> Float[np.ndarray, "*any"]:
-    """NaN for every layer and head, some of which are not there."""
+    """NaN array over all layers and heads."""
     most = max(layer.n_heads for layer in model.layers)
     return np.full((len(model.layers), most, *more), np.nan)
 
@@ -395,11 +398,11 @@ def _about(model: Diffusion, inputs: Mapping[str, Any], **facts: Any) -> Provena
 @checked
 @own_types()
 def token_attention(model: Diffusion, inputs: Mapping[str, Any]) -> TokenAttention:
-    """Attention of the image to each token of the text, by layer and head, in one pass.
+    """Attention from the image to each token of the text, by layer and head, in one pass.
 
     Args:
-        model: from :func:`load`.
-        inputs: of the module's ``forward``.
+        model: model from :func:`load`.
+        inputs: arguments of the module's ``forward``; see :meth:`Diffusion.run`.
 
     Raises:
         InputError: if there is no text.
@@ -441,19 +444,20 @@ def ablate_heads(
     method: str = "zero",
     heads: Heads | None = None,
 ) -> HeadScores:
-    """Replace the output of each cross-attention head, one pass a head, and see what it changes.
+    """Ablate each cross-attention head in turn, and measure the change in the prediction.
 
     Args:
-        model: from :func:`load`.
-        inputs: of the module's ``forward``.
-        method: ``zero``, or ``mean``: the head's mean over places and examples of the clean pass.
-        heads: which; default: all.
+        model: model from :func:`load`.
+        inputs: arguments of the module's ``forward``; see :meth:`Diffusion.run`.
+        method: ``zero``, or ``mean``: the head's mean over positions and examples of the clean
+            pass.
+        heads: heads to ablate. Default: all.
 
     Returns:
-        ``|changed - clean| / |clean|`` of the prediction, by example.
+        ``|changed - clean| / |clean|`` of the prediction, by head and example.
 
     Raises:
-        InputError: if there is no such head or method, or no text.
+        InputError: if a head or the method does not exist, or there is no text.
 
     Example:
         >>> from diffusers import UNet2DConditionModel

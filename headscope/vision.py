@@ -1,9 +1,10 @@
 """Heads of vision models: importance, attention range, classes, text descriptions, OCR, cues.
 
-The answer of an image model stands at its first position, the class token; queries and keys are
-patches of a grid. These need a model of images: :func:`headscope.load` of ViT, DeiT, DINOv2 or the
-vision half of CLIP and SigLIP. Of vision-language models: where each image token lies in its
-picture, which heads read what is written there (OCR heads), and what it does to make heads look.
+An image model gives its answer at its first position, the class token; queries and keys are patches
+of a grid. Most functions need an image model: :func:`headscope.load` of ViT, DeiT, DINOv2 or the
+vision half of CLIP and SigLIP. For vision-language models: where each image token is in its
+picture, which heads read written text there (OCR heads), and the effect of steering heads to a
+region.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,7 +55,7 @@ _DROP = ScoreSpec(
     bounds=(-1.0, 1.0),
     alternative="two-sided",
     source=_LI,
-    description="Probability of the true class less that with the head's output replaced.",
+    description="Probability of the true class minus that with the head's output replaced.",
 )
 _ACCURACY = ScoreSpec(
     "accuracy_change",
@@ -86,16 +87,16 @@ _IDENTIFIABILITY = ScoreSpec(
     bounds=(0.0, 1.0),
     alternative="two-sided",
     source=_VILAS,
-    description="1 less (rank of the true class in what the head writes) / (number of classes).",
+    description="1 - (rank of the true class in the head's write) / (number of classes).",
 )
 _CUE = ScoreSpec(
     "cue_effect",
     unit="nats",
     alternative="two-sided",
     source="Gandelsman et al. 2024 (arXiv 2310.05916), heads of spurious cues",
-    description="Effect of mean ablation on images whose cue misleads, less that on the others.",
+    description="Effect of mean ablation on images with a misleading cue, minus that on others.",
 )
-# Bytes of rows that are held at once, and tokens of a pass.
+# Bytes of rows held at once, and tokens per pass.
 _ROWS_BYTES = 1 << 27
 _TOKENS_PER_PASS = 8192
 
@@ -105,8 +106,8 @@ def _need_grid(model: HeadModel) -> PatchGrid:
     grid = grid_of(model.stacks)
     if grid is None:
         raise UnsupportedModelError(
-            f"{model.name} reads texts, and this is asked of models of images: load one, such as "
-            "a ViT, or the vision half of CLIP."
+            f"{model.name} reads texts, and this analysis needs an image model: load one, such as "
+            "a ViT or the vision half of CLIP."
         )
     return grid
 
@@ -115,8 +116,8 @@ def _need_classes(model: HeadModel, probe: Probe) -> Int[Tensor, " batch"]:
     """Validate the class of every image.
 
     Raises:
-        InputError: if an image has none.
-        UnsupportedModelError: if the model gives no logits of classes.
+        InputError: if an image has no class.
+        UnsupportedModelError: if the model has no class logits.
     """
     if (reason := model.limits.get("logits")) is not None:
         raise UnsupportedModelError(reason)
@@ -144,23 +145,23 @@ def importance(
 ) -> HeadTable:
     """Importance of every head of an image classifier: effect of masking it on the class.
 
-    ``probability_drop``: probability of the true class, clean less masked, so that a head which
-    helps is above 0; ``accuracy_change``: share of images put in their class, masked less clean;
-    ``output_divergence``: Jensen-Shannon divergence of both distributions over classes, in nats.
-    Each is a mean over images and measured on the same passes.
+    ``probability_drop``: probability of the true class, clean minus masked, positive for heads that
+    help; ``accuracy_change``: accuracy, masked minus clean; ``output_divergence``: Jensen-Shannon
+    divergence between the two class distributions, in nats. All are means over images, from the
+    same passes.
 
     Args:
-        model: a classifier of images.
+        model: image classifier.
         probe: images with their classes.
-        method: what the head's output becomes, as :func:`headscope.ablate_heads` takes it; 0 in
-            the source.
-        heads: which; default: all.
+        method: intervention on the head's output; see :func:`headscope.ablate_heads`. The source
+            uses zero.
+        heads: heads to use. Default: all.
         batch_size: images per pass.
-        seed: of methods that draw.
+        seed: seed for methods that sample.
 
     Raises:
         InputError: if an image has no class.
-        UnsupportedModelError: if the model reads no images, or gives no logits of classes.
+        UnsupportedModelError: if the model does not read images, or has no class logits.
 
     Example:
         >>> from transformers import ViTConfig, ViTForImageClassification
@@ -213,10 +214,10 @@ def ranks(
 ) -> tuple[Int[np.ndarray, "layer head"], Int[np.ndarray, "layer head"]]:
     """Rank of every head, from 1: within its layer, and overall.
 
-    Equal values take the order of their numbers; heads without a value come last.
+    Ties are broken by head number; heads without a value come last.
 
     Args:
-        scores: of any kind; the highest is 1, or the lowest where lower is better.
+        scores: scores to rank; rank 1 is the highest, or the lowest if lower is better.
 
     Example:
         >>> within, overall = hs.vision.ranks(table["induction"])
@@ -260,9 +261,10 @@ class HopProfile(Composed, Saved, Shown, Tabular):
     """Attention between patches as a function of their distance.
 
     Attributes:
-        strength: mean of ``A[i, j]`` over the pairs of patches at each Chebyshev distance.
-        mass: what a patch gives to all patches at each distance, mean over patches and images.
-        range: distance of a key from its query, weighted by attention, per image.
+        strength: mean of ``A[i, j]`` over pairs of patches at each Chebyshev distance.
+        mass: total attention of a patch to all patches at each distance, mean over patches and
+            images.
+        range: attention-weighted distance between query and key, per image.
         class_row: attention of the class token to patches, registers and itself, in this order.
         class_column: attention of patches to the class token; NaN without one.
     """
@@ -308,18 +310,18 @@ class HopProfile(Composed, Saved, Shown, Tabular):
 @checked
 @torch.no_grad()
 def hops(model: HeadModel, probe: Probe, *, batch_size: int | None = None) -> HopProfile:
-    """Attention between patches by their distance in rows or columns, head by head.
+    """Attention between patches by their distance in rows or columns, per head.
 
-    Rows of patches, keys that are patches: the class token's row and column are kept apart. The
-    distance of two patches is ``max(|row - row'|, |column - column'|)``.
+    Queries and keys are patches; the class token's row and column are reported separately. The
+    distance between two patches is ``max(|row - row'|, |column - column'|)``.
 
     Args:
-        model: of images.
+        model: image model.
         probe: images.
         batch_size: images per pass.
 
     Raises:
-        UnsupportedModelError: if the model reads no images.
+        UnsupportedModelError: if the model does not read images.
 
     Source:
         Li et al. 2023 (arXiv 2303.13731), attention strength by k-hop neighbourhood.
@@ -366,7 +368,7 @@ def hops(model: HeadModel, probe: Probe, *, batch_size: int | None = None) -> Ho
 
 @dataclass
 class _Hops:
-    """Attention between patches of one batch by distance, summed as layers come by."""
+    """Reader that sums attention between patches by distance, layer by layer."""
 
     grid: PatchGrid
     mass: dict[int, Tensor] = field(default_factory=dict)
@@ -412,20 +414,20 @@ def maps(
     """Attention maps of images: from some positions to every patch, per head.
 
     Args:
-        model: of images.
+        model: image model.
         probe: images.
-        query: a mark, whose rows are averaged: ``class``, ``register``, ``patch``, or one of the
-            probe's own.
-        layers: which; default: all.
+        query: mark whose rows are averaged: ``class``, ``register``, ``patch``, or a mark of the
+            probe.
+        layers: layers to use. Default: all.
         batch_size: images per pass.
 
     Returns:
-        Maps by image, layer and head, to be drawn by :func:`headscope.plots.head_maps` and
+        Maps by image, layer and head, for :func:`headscope.plots.head_maps` and
         :func:`headscope.plots.image_overlay`.
 
     Raises:
-        InputError: if there is no such mark, or no such layer.
-        UnsupportedModelError: if the model reads no images.
+        InputError: if the mark or a layer does not exist.
+        UnsupportedModelError: if the model does not read images.
 
     Example:
         >>> from transformers import ViTConfig, ViTModel
@@ -481,7 +483,7 @@ class _Maps:
         self.found[view.layer] = total.cpu() / self.mark.sum(1).cpu()[:, None, None]
 
 
-# What heads write, in the space of classes or of image embeddings.
+# Head writes in the space of classes or image embeddings.
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -489,12 +491,12 @@ class ClassReading(Composed, Saved, Shown, Tabular):
     """Rank of the true class in the output of a model's parts.
 
     Attributes:
-        heads: ``identifiability`` of what each head writes, at the positions that were asked for.
-        residual: identifiability of what leaves each block, by place: ``embed`` first.
-        attention, mlp: of what each adds.
+        heads: ``identifiability`` of each head's write at the chosen positions.
+        residual: identifiability of each block's output, by place, with ``embed`` first.
+        attention, mlp: identifiability of their contributions.
         change_rate: share of images whose probability of the true class rises through a block.
-        attention_match, mlp_match: share of images where the class that is first in what attention,
-            or the MLP, adds is also first in what leaves the block.
+        attention_match, mlp_match: share of images where the top class in the contribution of
+            attention, or of the MLP, is also the top class in the block's output.
     """
 
     heads: HeadScores
@@ -535,18 +537,18 @@ class ClassReading(Composed, Saved, Shown, Tabular):
 def class_space(
     model: HeadModel, probe: Probe, at: str = "class", *, batch_size: int | None = None
 ) -> ClassReading:
-    """Project residual stream, sublayers and heads of a classifier on its classes.
+    """Project residual stream, sublayers and heads of a classifier onto its classes.
 
-    A vector ``x`` gives every class the logit ``LN(x) W``, with the classifier's own final norm and
-    matrix; what is added to the stream is read with the norm's scale left out, which changes no
-    rank. ``identifiability = 1 - rank / n_classes`` with the rank of the true class from 0, equal
-    logits sharing the mean of their ranks: 1 at best, ``1 / n_classes`` at worst, near 1/2 by
-    chance. The null of ``heads`` is that value of chance, exactly.
+    A vector ``x`` has class logits ``LN(x) W``, with the classifier's final norm and matrix;
+    contributions are read without the norm's scale, which does not change ranks. ``identifiability
+    = 1 - rank / n_classes``, with the rank of the true class from 0 and tied logits sharing their
+    mean rank: 1 at best, ``1 / n_classes`` at worst, about 1/2 by chance. The null of ``heads`` is
+    the exact value by chance.
 
     Args:
-        model: a classifier of images with a plain norm and matrix before its logits.
+        model: image classifier with a plain norm and matrix before its logits.
         probe: images with their classes.
-        at: mark of the positions that are read, averaged over: ``class``, ``patch``.
+        at: mark of the positions to read, averaged over: ``class`` or ``patch``.
         batch_size: images per pass.
 
     Raises:
@@ -622,11 +624,11 @@ def identifiability(
 ) -> Float[Tensor, "*any"]:
     """Identifiability of the true class: ``1 - rank / n_classes``, with rank from 0.
 
-    Equal logits share the mean of their ranks, so that a constant says 1/2 and half a class.
+    Tied logits share their mean rank, so a constant gives 1/2 plus half a class.
 
     Args:
-        logits: of all classes.
-        classes: the true ones.
+        logits: logits of all classes.
+        classes: true classes.
 
     Raises:
         InputError: if there is not a class of the model for each row.
@@ -650,7 +652,7 @@ def identifiability(
 
 @dataclass
 class _Classes:
-    """Reader of blocks and heads of one batch, projected on the classes."""
+    """Reader of blocks and heads of one batch, projected onto the classes."""
 
     model: HeadModel
     space: Unembedding
@@ -719,11 +721,11 @@ class Written(Saved, Shown, Tabular):
     """Contribution of every part to the embedding, or the logits, of each image.
 
     Attributes:
-        heads: by layer and head; NaN where a layer has no attention.
-        rest: of everything else: embedding, MLPs, biases of attention and of the final norm, so
-            that all sums to ``whole``.
-        whole: what the model itself says.
-        norm: length of each whole, by which heads were divided; ones where they were not.
+        heads: contributions by layer and head; NaN in layers without attention.
+        rest: contribution of everything else: embedding, MLPs, biases of attention and of the final
+            norm, so that the parts sum to ``whole``.
+        whole: the model's own output.
+        norm: norm of each ``whole``, by which the parts were divided; 1 if they were not divided.
         stack: name of the attention stack.
         provenance: where it came from.
     """
@@ -781,15 +783,15 @@ def contributions(
 ) -> Written:
     """Contribution of every head to an image's embedding, in the space shared with texts (CLIP).
 
-    ``((r - mean(r)) * gain) P / sigma`` of what a head writes at the class token, ``r = z W_O``,
-    with gain and scale of the final norm, its scale held at that of the whole stream, and the
-    projection ``P``. Biases are in ``rest``: parts sum to the model's embedding exactly. Of a
-    classifier these are its logits.
+    ``((r - mean(r)) * gain) P / sigma`` for a head's write at the class token, ``r = z W_O``, with
+    the final norm's gain, its scale frozen at that of the full stream, and the projection ``P``.
+    Biases are in ``rest``, so the parts sum exactly to the model's embedding. For a classifier, the
+    sum is its logits.
 
     Args:
-        model: a vision tower with a projection, a bare one that ends in a norm, or a classifier.
+        model: vision tower with a projection, a tower that ends in a norm, or a classifier.
         probe: images.
-        unit: divide by the length of each image's embedding, as for cosines.
+        unit: divide by the norm of each image's embedding, as for cosines.
         batch_size: images per pass.
 
     Raises:
@@ -839,7 +841,8 @@ def _image_space(model: HeadModel) -> Unembedding:
     found = getattr(model, "embedding_map", None)
     if found is None:
         raise UnsupportedModelError(
-            f"{model.name} does not show how its embedding is made: load the transformers model."
+            f"{model.name} does not expose how its embedding is computed: load the transformers "
+            "model."
         )
     space: Unembedding = found()
     return space
@@ -877,10 +880,10 @@ class HeadTexts(Saved, Shown, Tabular):
     """Texts that describe a head's output, in the order in which they were found.
 
     Attributes:
-        texts: numbers of the chosen texts.
+        texts: indices of the chosen texts.
         deviation: standard deviation of the head's writes along each when it was chosen.
-        explained: share of the variance that this text and those before it account for.
-        reconstruction: the writes in the span of the texts, mean included.
+        explained: share of the variance explained by this text and those before it.
+        reconstruction: writes projected onto the span of the texts, including the mean.
     """
 
     texts: tuple[int, ...]
@@ -918,10 +921,10 @@ class HeadTexts(Saved, Shown, Tabular):
         )
 
     def named(self, names: Sequence[str]) -> list[tuple[str, float]]:
-        """The texts by name, with the share of variance that each adds.
+        """Chosen texts by name, with the share of variance that each adds.
 
         Args:
-            names: of the pool.
+            names: names of the texts in the pool.
 
         Example:
             >>> writes = np.outer([1.0, -1.0, 2.0], [1.0, 0.0])
@@ -936,7 +939,7 @@ class HeadTexts(Saved, Shown, Tabular):
 
 
 def _numbers(values: np.ndarray | Tensor) -> np.ndarray:
-    """The values in float64 on the CPU, whatever their device and type."""
+    """Values in float64 on the CPU."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().double().numpy()
     try:
@@ -955,19 +958,20 @@ def text_span(
 ) -> HeadTexts:
     """Describe the main directions of a head's output by texts, greedily (TextSpan).
 
-    Texts are first projected onto the ``rank`` leading right singular vectors of the writes, which
-    are not centred for that. Then, ``count`` times, on centred writes: choose the text along which
-    they deviate most, ``argmax std(C t)`` (on ties the first; texts are not normalised, so that
-    long ones weigh more), take its direction out of the writes and out of all other texts.
+    Texts are first projected onto the ``rank`` leading right singular vectors of the uncentred
+    writes. Then, ``count`` times, on centred writes: choose the text along which they vary most,
+    ``argmax std(C t)`` (the first on ties; texts are not normalised, so those with large norms
+    weigh more), and project its direction out of the writes and all other texts.
 
     Args:
-        writes: of one head, one row an image, e.g. ``contributions(model, probe).heads[:, 11, 3]``.
+        writes: writes of one head, one row per image, e.g. ``contributions(model, probe).heads[:,
+            11, 3]``.
         texts: embeddings of a pool of texts, or rows of an unembedding for language models.
-        count: texts at most; fewer where nothing is left to say.
-        rank: see above.
+        count: maximum number of texts; fewer if no variance is left.
+        rank: number of singular vectors to project onto.
 
     Raises:
-        InputError: if shapes differ, or something is not finite.
+        InputError: if widths differ, or a value is not finite.
 
     Source:
         Gandelsman et al. 2024 (arXiv 2310.05916), Algorithm 1.
@@ -986,7 +990,7 @@ def text_span(
     if len(given) < 2:
         raise InputError(f"the writes are of {len(given)} images: give those of two or more.")
     if not (np.isfinite(given).all() and np.isfinite(pool).all()):
-        raise InputError("writes or texts hold numbers that are not finite.")
+        raise InputError("writes or texts contain values that are not finite.")
     _, _, right = np.linalg.svd(given, full_matrices=False)
     kept = right[:rank]
     pool = pool @ kept.T @ kept
@@ -1000,7 +1004,7 @@ def text_span(
     lengths = np.linalg.norm(pool, axis=1)
     for _ in range(min(count, len(pool))):
         spread = (left @ pool.T).std(0)
-        # What is left of a text that the others span is rounding.
+        # The remainder of a text in the span of the others is only rounding.
         spread[np.linalg.norm(pool, axis=1) <= 1e-6 * lengths] = 0.0
         spread[chosen] = 0.0
         best = int(spread.argmax())
@@ -1016,19 +1020,19 @@ def text_span(
     return HeadTexts(tuple(chosen), np.array(deviations), np.array(explained), rebuilt + mean)
 
 
-# Images beside texts.
+# Images and texts.
 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
     """Both halves of a model that embeds images and texts in one space (CLIP, SigLIP).
 
-    Each half is a model of its own, for every function that takes one.
+    Each half is a complete model for all other functions.
 
     Attributes:
-        vision: reads images; its embeddings are those that are compared.
-        text: reads texts.
-        scale, bias: of the logits, ``scale * cosine + bias``.
+        vision: image model; its embeddings are compared with those of texts.
+        text: text model.
+        scale, bias: parameters of the logits, ``scale * cosine + bias``.
 
     Example:
         >>> from transformers import CLIPConfig, CLIPModel
@@ -1053,10 +1057,10 @@ class Clip:
     def embed(
         self, texts: Sequence[str] | Probe, *, batch_size: int | None = None
     ) -> Float[Tensor, "text width"]:
-        """Embeddings of texts, each of length 1: a pool for :func:`text_span`, or classes.
+        """Embeddings of texts with norm 1: a pool for :func:`text_span`, or classes.
 
         Args:
-            texts: as text, or tokens as the text half reads them.
+            texts: texts, or a probe of tokens for the text half.
             batch_size: texts per pass.
 
         Raises:
@@ -1068,9 +1072,9 @@ class Clip:
         return normal
 
     def _tokenized(self, texts: Sequence[str]) -> Probe:
-        """Texts as the model was trained to read them: siglip reads its padding too."""
+        """Tokenize texts as in training: siglip also reads padding."""
         if isinstance(texts, str) or not len(texts):
-            raise InputError("texts= is a list of one or more texts.")
+            raise InputError("texts=: give a list of one or more texts.")
         tokenizer: Any = self.text.tokenizer
         if tokenizer is None:
             raise InputError(f"{self.text.name} has no tokenizer: give a probe of tokens.")
@@ -1093,18 +1097,18 @@ class Clip:
         *,
         batch_size: int | None = None,
     ) -> HeadModel:
-        """The vision half as a zero-shot classifier, whose classes are texts.
+        """The vision half as a zero-shot classifier with texts as classes.
 
-        Its logits are those of the whole model, so that importance, cue heads and every metric of
-        logits can be asked of it.
+        Its logits are those of the full model, so importance, cue heads and all logit metrics apply
+        to it.
 
         Args:
-            names: of the classes, such as ``a photo of a cat``.
-            texts: their embeddings; default: of the names themselves.
+            names: names of the classes, e.g. ``a photo of a cat``.
+            texts: embeddings of the classes. Default: those of the names.
             batch_size: texts per pass.
 
         Raises:
-            InputError: if names and embeddings differ in number, or two names are the same.
+            InputError: if the numbers of names and embeddings differ, or two names are the same.
             UnsupportedModelError: if the vision half was not loaded by :func:`clip`.
         """
         found = self.embed(names, batch_size=batch_size) if texts is None else texts
@@ -1132,19 +1136,19 @@ def clip(
     dtype: str | torch.dtype | None = None,
     tokenizer: Any = None,
 ) -> Clip:
-    """Load both halves of a model of images and texts, with what makes their embeddings.
+    """Load both halves of an image-text model, with their projections to embeddings.
 
     Args:
-        source: a Hugging Face name, a folder, or the transformers model, such as ``CLIPModel`` or
+        source: Hugging Face name, folder, or transformers model such as ``CLIPModel`` or
             ``SiglipModel``, whose parameters the halves share.
         revision: branch, tag or commit.
-        device: where to put the weights.
-        dtype: type of the weights; default: as they are stored.
-        tokenizer: for a model that you pass.
+        device: device of the weights.
+        dtype: dtype of the weights. Default: as stored.
+        tokenizer: tokenizer of a model that you pass.
 
     Raises:
         ModelLoadError: if the model is missing, unreadable or broken.
-        UnsupportedModelError: if it is not a model of images beside one of texts.
+        UnsupportedModelError: if it does not consist of an image model and a text model.
 
     Example:
         >>> from transformers import SiglipConfig, SiglipModel
@@ -1159,7 +1163,7 @@ def clip(
     return Clip(*found)
 
 
-# Heads that carry a cue.
+# Cue heads.
 
 
 @checked
@@ -1175,23 +1179,23 @@ def cue_heads(
 ) -> HeadScores:
     """Find heads through which a spurious cue (such as the background) influences the class.
 
-    Every head is mean-ablated. ``cue_effect`` is what that does to the log-probability of the true
-    class on images whose cue misleads, less what it does where the cue agrees with the class: above
-    0 the head works for the cue, and the model is better off without it where the cue is wrong. The
-    null is that both kinds of images have the same mean.
+    Every head is mean-ablated. ``cue_effect`` is the change in the log-probability of the true
+    class on images with a misleading cue, minus that on images whose cue agrees with the class. If
+    it is positive, the head relies on the cue, and ablating it helps where the cue is wrong. The
+    null is equal means for both kinds of images.
 
     Args:
-        model: a classifier of images.
+        model: image classifier.
         probe: images with their classes, of both kinds.
-        misleading: for each image, whether its cue speaks for another class.
-        method: what the head's output becomes.
-        heads: which; default: all.
+        misleading: for each image, whether its cue suggests another class.
+        method: intervention on the head's output; see :func:`headscope.ablate_heads`.
+        heads: heads to use. Default: all.
         batch_size: images per pass.
-        seed: of methods that draw.
+        seed: seed for methods that sample.
 
     Raises:
-        InputError: if there are fewer than two images of either kind, or one has no class.
-        UnsupportedModelError: if the model reads no images, or gives no logits of classes.
+        InputError: if there are fewer than two images of either kind, or an image has no class.
+        UnsupportedModelError: if the model does not read images, or has no class logits.
 
     Source:
         Gandelsman et al. 2024 (arXiv 2310.05916), mean ablation of heads of spurious cues.
@@ -1251,26 +1255,27 @@ def cue_heads(
 def image_keys(
     model: HeadModel, probe: Probe, sizes: Any = None, *, tiles: Any = None, processor: Any = None
 ) -> ImageKeys:
-    """Which piece of which picture every position of texts with images stands for, and back.
+    """Map positions in texts with images to pieces of their pictures, and back.
 
-    Tiles, merged patches, padding and resizing are undone from the inputs of the model and its
-    config, for LLaVA, LLaVA-NeXT, PaliGemma, Gemma 3, Qwen2-VL, Qwen2.5-VL, SmolVLM and Idefics 3.
-    Ends of rows, class tokens and padding show no piece of a picture.
+    Undoes tiling, merging of patches, padding and resizing from the model's inputs and config, for
+    LLaVA, LLaVA-NeXT, PaliGemma, Gemma 3, Qwen2-VL, Qwen2.5-VL, SmolVLM and Idefics 3. Row ends,
+    class tokens and padding map to no piece.
 
     Args:
-        model: a vision-language model.
+        model: vision-language model.
         probe: texts with images, from :func:`headscope.probes.from_batch`.
-        sizes: height and width of the pictures before the processor: for all, for each text, or
-            for each picture of each text; default: as the model reads them.
-        tiles: rows and columns of tiles, likewise, where a family cuts pictures into tiles
-            (SmolVLM, Idefics 3) and neither the words that its processor writes between them nor
-            the sizes tell; 0 and 0 for a picture that is not cut.
-        processor: the image processor or its config, which says whether pictures were stretched,
-            padded or cut; default: the one in the model's folder.
+        sizes: height and width of the pictures before the processor, for all, per text, or per
+            picture of each text. Default: as the model reads them.
+        tiles: rows and columns of tiles, in the same form, for families that cut pictures into
+            tiles (SmolVLM, Idefics 3), if neither the processor's words between tiles nor the sizes
+            determine them; 0 and 0 for an uncut picture.
+        processor: image processor or its config, which determines whether pictures were stretched,
+            padded or cut. Default: the one in the model's folder.
 
     Raises:
-        InputError: if the inputs do not fit the model, or more has to be known.
-        UnsupportedModelError: if the model reads no texts with images, or its family is not known.
+        InputError: if the inputs do not fit the model, or more information is needed.
+        UnsupportedModelError: if the model does not read texts with images, or its family is not
+            supported.
 
     Example:
         >>> from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
@@ -1293,7 +1298,7 @@ def image_keys(
     capture.need_probe(probe)
     found = getattr(model, "image_boxes", None)
     if found is None:
-        raise UnsupportedModelError(f"{model.name} does not read texts with images in them.")
+        raise UnsupportedModelError(f"{model.name} does not read texts with images.")
     keys: ImageKeys = found(Texts.of(probe), sizes, tiles, processor)
     return keys
 
@@ -1310,13 +1315,13 @@ _GAZE = ScoreSpec(
     "gaze",
     unit="share",
     bounds=(0.0, 1.0),
-    source="attention on the region that a text is about, as of gaze heads",
-    description="Share of the attention on the pictures that falls on the region.",
+    source="attention to the region that a text refers to, as for gaze heads",
+    description="Share of the attention to the pictures that falls on the region.",
 )
 
 
 def _known(example: int, head: str | tuple[int, int], scores: HeadScores, texts: int) -> HeadIndex:
-    """A head, validated with the text in which it is asked for.
+    """Validate a head and the index of a text.
 
     Args:
         example: index of the text.
@@ -1343,12 +1348,12 @@ class ImageAttention(Composed, Saved, Shown, Tabular):
     """Attention from positions of texts to the pictures in them, by layer, head and query.
 
     Attributes:
-        mass: what all pieces get, mean over a text's queries. The null is even attention to all
-            that a query sees.
-        weights: of every piece; 0 at positions that show none, NaN beyond a text's queries and in
-            layers without attention.
-        queries: positions that look, by text.
-        keys: where the pieces lie.
+        mass: total attention to all pieces, mean over a text's queries. The null is uniform
+            attention over all visible keys.
+        weights: attention to every piece; 0 at positions without a piece, NaN beyond a text's
+            queries and in layers without attention.
+        queries: query positions, by text.
+        keys: map from positions to pieces.
     """
 
     mass: HeadScores
@@ -1389,24 +1394,24 @@ class ImageAttention(Composed, Saved, Shown, Tabular):
         rows: int = 24,
         columns: int = 24,
     ) -> Float[np.ndarray, "row column"]:
-        """Attention of one head laid onto a picture.
+        """Attention map of one head on a picture.
 
         Args:
             example: index of the text.
             head: such as ``L1H2``.
-            query: position that looks; None: mean over all of the text's queries.
+            query: query position; None: mean over all of the text's queries.
             image: index of the picture in the text.
-            rows: cells from top to bottom into which the picture is cut.
-            columns: cells from left to right.
+            rows: number of map rows, from top to bottom.
+            columns: number of map columns, from left to right.
 
         Raises:
-            InputError: if there is no such text, head, query or picture.
+            InputError: if the text, head, query or picture does not exist.
         """
         chosen = _known(example, head, self.mass, len(self.queries))
         own = self.queries[example]
         if query is not None and query not in own:
             raise InputError(
-                f"position {query} of text {example} was not looked from; these were: "
+                f"position {query} of text {example} is not a query; its queries are: "
                 f"{', '.join(map(str, own))}."
             )
         at = slice(0, len(own)) if query is None else slice(own.index(query), own.index(query) + 1)
@@ -1420,8 +1425,8 @@ class ImageAttention(Composed, Saved, Shown, Tabular):
 
         Args:
             image: which of each text's pictures.
-            rows: cells from top to bottom into which pictures are cut.
-            columns: cells from left to right.
+            rows: number of map rows, from top to bottom.
+            columns: number of map columns, from left to right.
         """
         known = ~np.isnan(self.weights).all((0, 2, 3, 4))
         layers = tuple(int(one) for one in np.flatnonzero(known))
@@ -1439,14 +1444,14 @@ class ImageAttention(Composed, Saved, Shown, Tabular):
     def gaze(self, region: Bool[Tensor, "batch pos"]) -> HeadScores:
         """Share of each head's attention to pictures that falls on a region of them.
 
-        The null is the same attention on the regions of the other texts of the batch whose pictures
-        lie at the same positions, which a head that looks at fixed places serves as well.
+        The null is the same attention on the regions of other texts in the batch whose pictures are
+        at the same positions; a head that attends to fixed positions scores the same there.
 
         Args:
-            region: positions, as :meth:`ImageKeys.evidence` finds them.
+            region: mask of positions, from :meth:`ImageKeys.evidence`.
 
         Raises:
-            InputError: if the region does not fit, or a text has none.
+            InputError: if the region has the wrong shape, or is empty in a text.
         """
         marked = _evidence(region, self.keys)
         others = _peers(self.keys)
@@ -1469,14 +1474,14 @@ def _evidence(region: Tensor, keys: ImageKeys) -> Bool[np.ndarray, "batch pos"]:
     """Validate that a region contains pieces of the pictures of every text."""
     if not isinstance(region, Tensor) or region.shape != keys.image.shape:
         raise InputError(
-            f"the region is not Booleans {list(keys.image.shape)}, one for each position: make it "
-            "with ImageKeys.evidence(boxes)."
+            f"the region is not a boolean mask {list(keys.image.shape)}: make it with "
+            "ImageKeys.evidence(boxes)."
         )
     marked = region.bool().cpu()
     if bool((marked & (keys.image < 0)).any()) or not bool(marked.any(1).all()):
         raise InputError(
-            "the region holds positions that show no piece of a picture, or a text has none: make "
-            "it with ImageKeys.evidence(boxes)."
+            "the region contains positions without a piece of a picture, or is empty in a text: "
+            "make it with ImageKeys.evidence(boxes)."
         )
     found: Bool[np.ndarray, "batch pos"] = marked.numpy()
     return found
@@ -1510,14 +1515,14 @@ def image_attention(
     *,
     batch_size: int | None = None,
 ) -> ImageAttention:
-    """Attention from words to pictures, by layer, head and query, computing only those rows.
+    """Attention from words to pictures, by layer, head and query; computes only those rows.
 
     Args:
-        model: a vision-language model.
+        model: vision-language model.
         probe: texts with images.
-        keys: of the probe, from :func:`image_keys`.
-        queries: positions that look: a mark, or Booleans; default: the last of each text. All their
-            rows are kept, so choose few.
+        keys: image keys of the probe, from :func:`image_keys`.
+        queries: query positions, as a mark or a boolean mask. Default: the last of each text. All
+            their rows are kept, so choose few.
         batch_size: texts per pass.
 
     Raises:
@@ -1591,7 +1596,7 @@ def _looking(
     """Query positions, on the CPU.
 
     Raises:
-        InputError: if a text has none.
+        InputError: if a text has no query position.
     """
     if queries is None:
         last = torch.nn.functional.one_hot(probe.last, probe.length)
@@ -1599,18 +1604,18 @@ def _looking(
     mark = probe.mark(queries) if isinstance(queries, str) else queries
     if mark.shape != probe.tokens.shape:
         raise InputError(
-            f"queries= has shape {list(mark.shape)}: give a mark of the probe, or Booleans "
+            f"queries= has shape {list(mark.shape)}: give a mark of the probe, or a boolean mask "
             f"{list(probe.tokens.shape)}."
         )
     mark = (mark.bool() & probe.real.to(mark.device)).cpu()
     if not bool(mark.any(1).all()):
-        raise InputError("a text has no position to look from: mark one in each.")
+        raise InputError("a text has no query position: mark at least one in each.")
     return mark
 
 
 @dataclass
 class _OnImages:
-    """Reader of the chosen queries' rows of one batch, on pieces of pictures."""
+    """Reader of the chosen queries' attention to pieces of pictures, in one batch."""
 
     batch: Probe
     most: int
@@ -1646,7 +1651,7 @@ class _OnImages:
         self.even[view.layer] = ((share * own).sum(1) / own.sum(1)).expand(heads, -1)
 
 
-# Heads that read text in pictures.
+# OCR heads.
 
 _OCR = ScoreSpec(
     "ocr",
@@ -1654,18 +1659,18 @@ _OCR = ScoreSpec(
     bounds=(0.0, 1.0),
     threshold=0.1,
     source="Baek et al. 2025 (arXiv 2505.15865), OCR heads",
-    description="Share of the answer's different tokens that the head reads off the evidence.",
+    description="Share of the answer's distinct tokens that the head reads from the evidence.",
 )
 
 
 @dataclass(frozen=True, eq=False)
 class Read(Stored):
-    """What the model read from one picture, with each head's top piece at each step.
+    """Answer to one picture, with each head's top piece at each step.
 
     Attributes:
-        tokens: that were said, or that the answer has (``form="forced"``).
+        tokens: generated tokens, or those of the answer (``form="forced"``).
         looked: most attended position at each step; -1 in layers without attention.
-        recall: share of the answer's tokens that are said.
+        recall: share of the answer's tokens that were generated.
     """
 
     tokens: tuple[int, ...]
@@ -1675,14 +1680,14 @@ class Read(Stored):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class OcrHeads(Composed, Saved, Shown, Tabular):
-    """Heads that look at the written answer while it is generated.
+    """Heads that attend to the written answer while it is generated.
 
     Attributes:
-        score: ``ocr``, a mean over the texts that count; the null is what the same steps score on
-            the evidence of the other texts whose pictures stand at the same positions.
-        frequency: share of these texts in which a head scores above 0.1.
-        reads: of every text.
-        counted: texts whose answer was said well enough; all where it is given.
+        score: ``ocr``, averaged over the counted texts; the null scores the same steps on the
+            evidence of other texts whose pictures are at the same positions.
+        frequency: share of counted texts in which a head scores above 0.1.
+        reads: answer to every text.
+        counted: mask of texts whose generated answer was good enough; all if the answer was given.
     """
 
     score: HeadScores
@@ -1723,8 +1728,8 @@ class OcrHeads(Composed, Saved, Shown, Tabular):
         """Heads with a mean above a threshold that are active often enough, highest first.
 
         Args:
-            threshold: of the mean score.
-            often: share of the texts in which a head scores above 0.1, at least.
+            threshold: smallest mean score.
+            often: smallest share of texts in which a head scores above 0.1.
         """
         ranked = self.score.top(self.score.mean.size)
         return tuple(
@@ -1741,7 +1746,7 @@ class OcrHeads(Composed, Saved, Shown, Tabular):
         Args:
             example: index of the text.
             head: such as ``L1H2``.
-            keys: of the probe.
+            keys: image keys of the probe.
 
         Raises:
             InputError: if there is no such text or head.
@@ -1769,31 +1774,31 @@ def ocr_heads(
     recall: int | float = 0.5,
     batch_size: int | None = None,
 ) -> OcrHeads:
-    """Find OCR heads: they attend to where the answer is written while it is generated.
+    """Find OCR heads: heads that attend to the written answer in a picture while it is generated.
 
-    A token of the answer counts as read by a head where it is said at a step at which the head's
-    most attended position, on ties the first, is evidence. A text scores
-    ``|tokens read and in the answer| / |tokens of the answer|``, each different token once.
+    A head reads a token of the answer if the token is generated at a step at which the head's most
+    attended position (the first on ties) is evidence. A text scores ``|tokens read and in the
+    answer| / |tokens of the answer|``, counting each distinct token once.
 
     Args:
-        model: a vision-language model.
-        probe: prompts with images; no padding behind them is read.
-        evidence: positions of the pieces that show the answer: ``keys.evidence(boxes)``.
-        answers: of each text, as text or as token ids.
-        keys: of the probe, from :func:`image_keys`.
-        form: ``forced``, one pass with the answer appended, where all texts count; ``decoded``,
-            greedy decoding as in the source, in which the whole text is read again at each step.
-        new_tokens: steps of decoding at most; default: as many as the longest answer has.
-        recall: share of the answer's tokens above which a decoded text counts.
+        model: vision-language model.
+        probe: prompts with images; right padding is not read.
+        evidence: mask of the positions whose pieces show the answer: ``keys.evidence(boxes)``.
+        answers: answer to each text, as text or token ids.
+        keys: image keys of the probe, from :func:`image_keys`.
+        form: ``forced``: one pass with the answer appended, counting all texts; ``decoded``: greedy
+            decoding as in the source, which reads the whole text again at each step.
+        new_tokens: maximum number of decoding steps. Default: the length of the longest answer.
+        recall: a decoded text counts if more than this share of the answer's tokens was generated.
         batch_size: texts per pass, of equal length.
 
     Raises:
         InputError: if answers or evidence do not fit the probe.
-        UnsupportedModelError: if the model reads no texts with images.
+        UnsupportedModelError: if the model does not read texts with images.
 
     Source:
-        Baek et al. 2025 (arXiv 2505.15865). A piece is evidence where the box covers more than a
-        tenth of it, as the source's IoU would leave out pieces inside a large box
+        Baek et al. 2025 (arXiv 2505.15865). A piece is evidence if the box covers more than a tenth
+        of it, since the source's IoU would leave out pieces inside a large box
         (``keys.evidence(boxes, by="iou")``).
 
     Example:
@@ -1817,7 +1822,7 @@ def ocr_heads(
     capture.check_fits(model, probe)
     grow = getattr(model, "continued", None)
     if grow is None or not probe.inputs:
-        raise UnsupportedModelError(f"{model.name} is not given texts with images in them.")
+        raise UnsupportedModelError(f"{model.name} does not read texts with images.")
     if form not in ("forced", "decoded"):
         raise InputError(f"form={form!r} is unknown: 'forced' or 'decoded'.")
     if isinstance(recall, bool) or not recall < 1:
@@ -1888,7 +1893,7 @@ def _answers(
 def _alike(
     probe: Probe, wanted: Sequence[Sequence[int]], form: str, options: RunOptions
 ) -> Iterator[list[int]]:
-    """Texts with prompts at the same positions, and equally long answers if these are read."""
+    """Groups of texts with prompts at the same positions, and equally long answers if read."""
     sizes = [
         (int(first), int(last), len(answer) if form == "forced" else 0)
         for first, last, answer in zip(probe.first, probe.last, wanted, strict=True)
@@ -2006,9 +2011,10 @@ class HeadOverlap(Saved, Shown, Tabular):
 
     Attributes:
         shared: heads in both.
-        jaccard: how many those are over how many are in either; NaN for two empty sets.
-        expected: how many would be shared by chance.
-        p_value: of so many or more, were one set drawn at random (hypergeometric).
+        jaccard: number of shared heads over the number in either set; NaN for two empty sets.
+        expected: number of shared heads expected by chance.
+        p_value: probability of at least as many shared heads if one set were random
+            (hypergeometric).
     """
 
     shared: tuple[HeadIndex, ...]
@@ -2038,12 +2044,12 @@ def head_overlap(first: Heads, second: Heads, among: int) -> HeadOverlap:
     """Compare two sets of heads, such as OCR heads with retrieval heads.
 
     Args:
-        first: a set, which may be empty.
-        second: another.
-        among: how many heads the model has.
+        first: first set, which may be empty.
+        second: second set.
+        among: number of heads in the model.
 
     Raises:
-        InputError: if the sets have more heads than there are.
+        InputError: if the sets have more heads than the model.
 
     Example:
         >>> found = hs.vision.head_overlap(["L0H1", "L1H0"], ["L1H0", "L1H1"], among=4)
@@ -2062,7 +2068,7 @@ def head_overlap(first: Heads, second: Heads, among: int) -> HeadOverlap:
     )
 
 
-# Making heads look somewhere.
+# Steering attention.
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -2070,12 +2076,11 @@ class Steering(Saved, Shown, Tabular):
     """Effect of steering some heads' attention to a region, with random heads as control.
 
     Attributes:
-        effect: change of the metric, mean over texts.
+        effect: change in the metric, mean over texts.
         per_example: the same by text.
-        random: change with each draw of as many random heads.
-        p_value: share of the draws, the heads themselves counted among them, with an effect that
-            is at least as good.
-        heads: that were steered.
+        random: change in the metric for each draw of as many random heads.
+        p_value: share of draws, including the heads themselves, with an effect at least as good.
+        heads: heads that were steered.
     """
 
     effect: float
@@ -2129,27 +2134,27 @@ def steer(
     batch_size: int | None = None,
     seed: int = 0,
 ) -> Steering:
-    """Steer heads to a region, and measure whether the answer changes more than for random heads.
+    """Steer heads to a region, and compare the effect on the answer with that of random heads.
 
-    A share of what the heads give to all other keys goes to the region
+    A share of the heads' attention to all other keys is moved to the region
     (:class:`headscope.interventions.Redistribute`). The same is done to as many random other heads
-    of the same layers; where a layer has too few, the rest comes from all others.
+    of the same layers; if a layer has too few, the rest is drawn from all others.
 
     Args:
-        model: a vision-language model.
-        probe: with targets.
-        metric: of the answer that the region speaks for.
-        heads: to steer, such as gaze heads (:meth:`ImageAttention.gaze`).
-        region: keys to look at: ``keys.evidence(boxes)``, or a mark.
-        share: of the attention elsewhere that is moved, 0 to 1.
-        better: direction of the metric, ``higher`` or ``lower``, where it does not say so itself.
-        draws: of random heads; the p-value is at least ``1 / (1 + draws)``.
-        positions: of the queries that are steered; default: all.
+        model: vision-language model.
+        probe: examples with targets.
+        metric: metric of the answer that the region supports.
+        heads: heads to steer, e.g. gaze heads (:meth:`ImageAttention.gaze`).
+        region: keys to attend to: ``keys.evidence(boxes)``, or a mark.
+        share: share of the attention elsewhere that is moved, 0 to 1.
+        better: direction of the metric, ``higher`` or ``lower``, if the metric does not declare it.
+        draws: number of draws of random heads; the p-value is at least ``1 / (1 + draws)``.
+        positions: query positions to steer. Default: all.
         batch_size: texts per pass.
-        seed: of the draws.
+        seed: seed for the draws.
 
     Raises:
-        InputError: if there are no other heads to draw from, or something does not fit.
+        InputError: if there are too few other heads to draw from, or an argument does not fit.
 
     Example:
         >>> metric = hs.metrics.answer_log_prob
@@ -2162,7 +2167,8 @@ def steer(
     others = [head for head in model.shape.heads if head not in chosen]
     if len(others) < len(chosen):
         raise InputError(
-            f"{len(chosen)} heads leave {len(others)} others, too few to draw as many: steer fewer."
+            f"{len(chosen)} heads leave {len(others)} others, too few for random sets: steer fewer "
+            "heads."
         )
     generator = np.random.default_rng(whole(seed, "seed", 0))
     groups: dict[str, Heads] = {"heads": chosen}

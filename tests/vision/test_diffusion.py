@@ -172,7 +172,7 @@ def test_tokens_are_scored_and_misuse_is_told() -> None:
         hs.diffusion.ablate_heads(model, inputs, "median")
     with pytest.raises(InputError, match="needs 'encoder_hidden_states'"):
         model.run({"sample": inputs["sample"], "timestep": 3})
-    with pytest.raises(InputError, match="is not a model of diffusers"):
+    with pytest.raises(InputError, match="is not a diffusers model"):
         hs.diffusion.load(torch.nn.Linear(2, 2))
     with pytest.raises(UnsupportedModelError, match="has no cross-attention"):
         hs.diffusion.load(

@@ -256,7 +256,7 @@ def test_pictures_hold_small_images_and_escaped_words(vit: Any, probe: Any, tmp_
 def test_what_is_not_asked_of_texts_is_told(vit: Any, probe: Any) -> None:
     text = hs.load()
     for call in (hs.vision.importance, hs.vision.hops, hs.vision.maps, hs.vision.contributions):
-        with pytest.raises(UnsupportedModelError, match="asked of models of images"):
+        with pytest.raises(UnsupportedModelError, match="needs an image model"):
             call(text, probe)
     bare = hs.load(vision("vit-bare"))
     with pytest.raises(UnsupportedModelError, match="no classification head"):
