@@ -1,9 +1,9 @@
-"""How families differ from the plain decoder, and what headscope makes of each difference.
+"""How families differ from the plain decoder, and how headscope handles each difference.
 
-One row per difference. ``exact`` means that rows, head outputs and ablations are the model's own to
-rounding, and weight-level readings too; ``limited`` that some readings are refused, with the keys
-of ``model.limits`` or the part that says so; ``refused`` that the model does not load. Nothing is
-refused for a reason that has no row here, but for files that cannot be read.
+One row per difference. ``exact``: rows, head outputs, ablations and weight-level analyses match the
+model up to rounding; ``limited``: some analyses are refused, with the keys of ``model.limits`` or
+the part that refuses them; ``refused``: the model does not load. Every reason for refusal has a row
+here, except unreadable files.
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ class Quirk:
     Attributes:
         name: name of the difference.
         families: model types of transformers that have it, as examples.
-        answer: what headscope makes of it.
-        how: what is read, or why something is not.
-        instead: what to use where something is refused; empty where nothing is.
+        answer: how headscope handles it.
+        how: what is read, or why something is refused.
+        instead: what to use instead of refused analyses; empty if none are refused.
         limits: keys of ``model.limits`` that such a model has.
     """
 

@@ -48,7 +48,7 @@ class Route:
 
     Attributes:
         modules: modules whose calls count; None: all.
-        thread: in which thread; None: in all.
+        thread: thread whose calls count; None: all.
     """
 
     handler: Handler
@@ -63,30 +63,31 @@ class Route:
 
 @dataclass
 class _Switched:
-    """A config whose attention is ours for now, and what it was."""
+    """A config that is switched to our attention, with its original setting."""
 
     config: Any
     before: str | None
     users: int = 0
 
 
-# Innermost last. Models may share a config, and threads a model: a call that no route takes is
-# computed as it is, and a config gets its attention back when the last that uses it leaves.
+# Innermost last. Models may share a config, and threads may share a model: calls without a route
+# are computed normally, and a config gets its attention back when the last user leaves. computed as
+# it is, and a config gets its attention back when the last that uses it leaves.
 _ROUTES: tuple[Route, ...] = ()
 _SWITCHED: dict[int, _Switched] = {}
 _GUARD = threading.RLock()
 
 
-# Attribute of a mask that says what it is. A mask is handed through code of the model, which keeps
-# attributes as long as it keeps the tensor.
+# Attribute that marks a mask as ours. Masks pass through model code, which keeps attributes as long
+# as it keeps the tensor.
 _FACTS = "headscope_mask"
-# Keyword arguments with tensors that change nothing about which key a query sees, or how much.
+# Tensor keyword arguments that do not affect attention weights.
 _HARMLESS = frozenset(
     {"position_ids", "cache_position", "position_embeddings", "image_sizes", "logits_to_keep"}
 )
-# Entries of a mask up to which every row of it is looked at, and rows that are looked at above.
+# Masks up to this many entries are checked in full; larger ones at this many rows.
 _WHOLE, _ROWS = 1 << 16, 16
-# Modules whose keys are of another sequence than their queries, which no call says of itself.
+# Modules with keys from another sequence than their queries, which calls do not declare.
 _CROSS: "WeakSet[torch.nn.Module]" = WeakSet()
 
 
@@ -97,9 +98,9 @@ class MaskFacts:
     Attributes:
         rule: which keys a query sees, apart from padding.
         padded: whether any key is padding.
-        end: number of keys that any query sees; a static cache has more.
-        function: transformers' definition of the mask, of examples, heads, queries and keys.
-        use_vmap: whether that takes single indices only.
+        end: number of keys visible to any query; a static cache has more.
+        function: transformers' mask function of examples, heads, queries and keys.
+        use_vmap: whether the function takes single indices only.
         refused: why attention under this mask is refused; None if it is not. Some families also
             make masks that no attention is called with (an encoder's, in bart's decoder).
         reach: last visible key of blocks of positions that see each other; see
@@ -143,7 +144,7 @@ def made_masks() -> Iterator[list[MaskFacts]]:
 
 
 def mask_facts(mask: Tensor | None) -> MaskFacts | None:
-    """Facts of a mask that we made; None for another mask."""
+    """Facts of a mask that we built; None for other masks."""
     facts: MaskFacts | None = getattr(mask, _FACTS, None)
     return facts
 
@@ -200,10 +201,10 @@ def _mask(
 ) -> Tensor:
     """Build our mask: real keys and rule; see transformers' AttentionMaskInterface.
 
-    A mask that no rule describes is refused where attention uses it.
+    A mask without a known rule is refused when attention uses it.
     """
     if attention_mask is not None and mask_facts(attention_mask) is not None:
-        return attention_mask  # a model handed its mask to the model inside it (paligemma)
+        return attention_mask  # a model passed its mask to an inner model (paligemma)
     first = int(q_offset)
     end = first + q_length - kv_offset
     real = padding_of_keys(attention_mask, kv_length, kv_offset)
@@ -228,7 +229,7 @@ def _mask(
                 rule, reach = blocks
     elif rule.causal and local_size is not None:
         rule = MaskRule("causal", local_size)
-    elif not rule.causal:  # of keys that may be of another sequence, and are all there
+    elif not rule.causal:  # keys may belong to another sequence, and are all present
         end = kv_length
     padded = real is not None and not bool(real[:, :end].all())
     mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
@@ -294,7 +295,7 @@ def _rules(local_size: int | None) -> Iterator[MaskRule]:
     """Candidate rules of a mask, narrowest first, as a short text does not reveal windows."""
     if local_size is not None:
         yield MaskRule("causal", local_size)
-        # Counted to one side without the query itself where both sides are seen.
+        # For bidirectional windows, this counts one side without the query itself.
         yield MaskRule("bidirectional", local_size + 1)
     yield CAUSAL
     yield MaskRule("bidirectional")
@@ -312,10 +313,10 @@ def routed(
 
     Args:
         configs: config objects that the model's modules hold.
-        handler: gets the calling module and its call, returns ``[batch query head d_value]``.
-            Heads that were pruned are in the call, under their numbers, with nothing but zeros.
+        handler: takes the calling module and its call, and returns ``[batch query head d_value]``.
+            Pruned heads are in the call under their own numbers, filled with zeros.
         modules: modules whose calls are routed; None: all.
-        all_threads: whether calls of other threads go there too.
+        all_threads: also route calls of other threads.
     """
     global _ROUTES
     route = Route(handler, modules, None if all_threads else threading.get_ident())

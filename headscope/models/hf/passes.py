@@ -19,7 +19,7 @@ from headscope.models.running import scope_over, use_of
 from headscope.models.taps import Edited, Tap, TapView, Write
 from headscope.views import AttentionRows, QueryKeys
 
-# Entries of the rows that a write of patterns holds at once.
+# Entries of pattern rows that are edited at once.
 _EDITED_ENTRIES = 1 << 24
 
 Writes = Mapping[Tap, Write]
@@ -39,7 +39,7 @@ class HFLayerView:
     span: Span
 
     def rows(self, query_pos: Int[Tensor, " query"]) -> AttentionRows:
-        """Exact softmax rows of these queries, in fp32, as they were written if they were."""
+        """Exact softmax rows of some queries, in fp32, after writes to the pattern."""
         rows = self.call.rows(query_pos)
         if not self.writes:
             return rows
@@ -50,11 +50,11 @@ class HFLayerView:
         return replace(rows, pattern=pattern[:, :, at, : rows.pattern.shape[-1]])
 
     def values(self) -> Float[Tensor, "batch kv_head key d_head"]:
-        """Value vectors as attention used them."""
+        """Value vectors as used by attention."""
         return self.call.value
 
     def query_keys(self, query_pos: Int[Tensor, " query"]) -> QueryKeys:
-        """Queries at these positions and keys, as attention used them, in fp32."""
+        """Queries at some positions and all keys, as used by attention, in fp32."""
         return self.call.query_keys(query_pos)
 
     def keep_rows(self) -> Callable[[Int[Tensor, " query"]], AttentionRows]:
@@ -67,7 +67,7 @@ class AttentionTaps:
     """Routes the attention of one pass through its taps.
 
     Attributes:
-        pending: the layer whose head outputs come next, where something reads or edits it.
+        pending: layer whose head outputs come next, if something reads or edits it.
     """
 
     run: Pass
@@ -92,7 +92,7 @@ class AttentionTaps:
 
     def _attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
         run, layer = self.run, self.parts[module].layer
-        # Head outputs that scopes write are written by their own hooks.
+        # Scopes write head outputs through their own hooks.
         scopes = scoped_writes(run.model.module)
         call = replace(call, layer=layer)
         call = written_call(
@@ -106,7 +106,7 @@ class AttentionTaps:
         return written_attention(call, writes, run.span)
 
     def _read_whole(self, pattern: Tensor, span: Span) -> Tensor:
-        """Show a whole pattern as part of the graph."""
+        """Pass a whole pattern to its readers, as part of the autograd graph."""
         assert self.pending is not None  # noqa: S101  # set where it is read
         shown = pattern.view_as(pattern)
         self.run.show(TapView(Tap("pattern", self.pending.call.layer), span, None, shown))
@@ -131,7 +131,7 @@ class AttentionTaps:
 
 @dataclass(eq=False)
 class EditScope:
-    """Edits of every pass of a model while the scope is open: headscope's, and the model's own."""
+    """Edits of all passes while the scope is open, both headscope's and the model's own."""
 
     module: Any
     layout: Layout
@@ -155,7 +155,7 @@ class EditScope:
             yield
 
     def _attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
-        """Attention of a pass of the model's own, with the writes of all scopes."""
+        """Attention in the model's own passes, with the writes of all scopes."""
         if use_of(self.module).measuring():
             return fused(call)
         layer = self.layout.by_attention()[module].layer
@@ -187,24 +187,24 @@ class EditScope:
 
 
 def scoped_writes(module: Any) -> tuple[Writes, ...]:
-    """What the scopes that are open on a module write, outermost first."""
+    """Writes of a module's open scopes, outermost first."""
     use = use_of(module)
     return () if use.measuring() else tuple(scope.writes for scope, _ in use.scopes)
 
 
 def at_tap(tap: Tap, sources: Sequence[Writes]) -> list[Write]:
-    """What several sources write at one tap, in order."""
+    """Writes of several sources at one tap, in order."""
     return [writes[tap] for writes in sources if tap in writes]
 
 
 def written_call(
     call: AttentionCall, span: Span, through: Callable[[Tap, Tensor, Span], Tensor]
 ) -> AttentionCall:
-    """A call with its queries, keys and values as they are written.
+    """Apply writes to a call's queries, keys and values.
 
     Args:
         call: attention call of one layer.
-        span: positions of the queries; a cache's free places behind them go.
+        span: positions of the queries; free slots of a cache after them are dropped.
         through: ``(tap, value, positions) -> value``.
     """
     if call.mask.kind == "cross":
@@ -226,7 +226,9 @@ def written_attention(
     """Fused attention, with exact rows in chunks for heads whose pattern is written."""
     edits = [write.acting(span) for write in writes if isinstance(write, Edited)]
     named = [edited.heads for edited in edits]
-    if len(edits) < len(writes) or None in named:  # the caller's own, which see the whole pattern
+    if (
+        len(edits) < len(writes) or None in named
+    ):  # writes of the caller, which see the whole pattern
         pattern = call.rows(call.positions).pattern
         for write in writes:
             pattern = write(pattern, span)

@@ -1,10 +1,10 @@
-"""Modules of models with removed heads: smaller matrices in the model's own modules.
+"""Modules of pruned models: smaller matrices in the model's own modules.
 
-The model keeps its class. Attention modules keep theirs and only see fewer heads; four things
-stand in: an output projection that also takes all heads' outputs and reads those that are there
-(headscope shows a pruned model under the heads' own numbers), a projection that repeats key/value
-heads (grouped heads that went unevenly), a layer's own view of the config, and a module for layers
-that have no head left.
+The model and its attention modules keep their classes and only see fewer heads. Four parts are
+replaced: the output projection, which also accepts the outputs of all heads and reads the remaining
+ones (headscope shows a pruned model with the original head numbers); the key/value projection,
+which repeats heads if groups were pruned unevenly; the layer's view of the config; and the
+attention module of layers without heads.
 """
 
 import inspect
@@ -17,17 +17,17 @@ from torch import Tensor, nn
 
 from headscope.models.attention import AttentionCall
 
-# Attribute of an attention module that lost heads.
+# Attribute of attention modules with pruned heads.
 MARK = "headscope_kept"
 
 
 class Kept:
-    """Which heads of a layer remain, by their original numbers.
+    """Remaining heads of a layer, by their original numbers.
 
     Attributes:
         heads: query heads, in order.
-        kv_heads: for every key/value head that attention is given, its number; several times
-            where grouped query heads went unevenly.
+        kv_heads: number of every key/value head passed to attention, repeated if grouped query
+            heads were pruned unevenly.
         n_heads, n_kv_heads: numbers of heads before pruning.
     """
 
@@ -38,14 +38,14 @@ class Kept:
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
 
     def spread(self, value: Tensor, axis: int, *, kv: bool = False) -> Tensor:
-        """Values of the heads that are there at their old numbers, zeros at the others."""
+        """Place values of the remaining heads at their original numbers, zeros elsewhere."""
         index = torch.tensor(self.kv_heads if kv else self.heads, device=value.device)
         shape = list(value.shape)
         shape[axis] = self.n_kv_heads if kv else self.n_heads
         return value.new_zeros(shape).index_copy(axis, index, value)
 
     def spread_call(self, call: AttentionCall) -> AttentionCall:
-        """The call as the whole layer would have made it, with zeros for heads that went."""
+        """The call in the form of the unpruned layer, with zeros for removed heads."""
         return replace(
             call,
             query=self.spread(call.query, 1),
@@ -56,13 +56,13 @@ class Kept:
 
 
 def heads_left(module: nn.Module) -> Kept | None:
-    """Which heads of an attention module (or of its output projection) are left; None: all."""
+    """Remaining heads of an attention module or its output projection; None: all."""
     kept: Kept | None = getattr(module, MARK, None)
     return kept
 
 
 class ReadsKept(nn.Module):
-    """Output projection of the heads that are there; stands before the projection's own class.
+    """Mixin for the output projection of the remaining heads, placed before the projection's class.
 
     Attributes:
         headscope_kept: indices of the kept outputs.
@@ -73,7 +73,7 @@ class ReadsKept(nn.Module):
     headscope_width: int
 
     def forward(self, x: Tensor) -> Tensor:
-        """Read their outputs, or theirs among all heads'."""
+        """Read the remaining heads' outputs, also from among all heads' outputs."""
         kept = self.headscope_kept
         if x.shape[-1] != self.headscope_width:
             index = torch.tensor(kept.heads, device=x.device)
@@ -83,15 +83,15 @@ class ReadsKept(nn.Module):
 
 
 def reading_kept(projection: type[nn.Module]) -> type[nn.Module]:
-    """Class of an output projection that lost heads (``Linear``, or gpt2's ``Conv1D``)."""
+    """Class of an output projection with pruned heads (``Linear``, or gpt2's ``Conv1D``)."""
     return type(f"Kept{projection.__name__}", (ReadsKept, projection), {})
 
 
 class RepeatingLinear(nn.Linear):
-    """Gives some key/value heads several times, once for each group of query heads that is left.
+    """Projection that repeats key/value heads, once for each remaining group of query heads.
 
     Attributes:
-        headscope_blocks: which block of d_head outputs stands at each place.
+        headscope_blocks: index of the block of d_head outputs at each place.
         headscope_d_head: size of a block.
     """
 
@@ -107,7 +107,7 @@ class RepeatingLinear(nn.Linear):
 
 
 class LayerConfig:
-    """The model's config with this layer's own number of heads; all else is the model's."""
+    """The model's config with this layer's number of heads."""
 
     def __init__(self, config: Any, own: dict[str, int]) -> None:
         self.__dict__.update(_config=config, _own=own)
@@ -127,7 +127,7 @@ class NoHeads(nn.Module):
     """Attention of a layer without heads, which writes only the output projection's bias."""
 
     def __init__(self, attention: nn.Module, projection: str, returns: int | None) -> None:
-        """Keep the bias under its name, and how the module is called and answers."""
+        """Store the bias under its name, and how the module is called and what it returns."""
         super().__init__()
         holder: nn.Module = self
         for part in projection.split("."):
@@ -141,10 +141,10 @@ class NoHeads(nn.Module):
         self.names = tuple(inspect.signature(type(attention).forward).parameters)[1:]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Write the bias; enter a key of no meaning into a cache, which counts positions by it."""
+        """Return the bias; add a dummy key to the cache, which counts positions by its keys."""
         given = dict(zip(self.names, args, strict=False)) | kwargs
         hidden: Float[Tensor, "batch pos d_model"] = given["hidden_states"]
-        # Not by truth: an empty cache is false, and its first layer has to be entered too.
+        # Not by truth value: an empty cache is falsy, and its first layer must be added too.
         names = ("past_key_values", "layer_past")
         cache = next((given[name] for name in names if given.get(name) is not None), None)
         if cache is not None and self.layer_idx is not None:

@@ -1,7 +1,7 @@
 """Suffix replay: record a clean pass, then recompute only what an edit can change.
 
-An edit of layer l runs blocks l to n, from its first position on. Attention of a few queries of a
-stacked pass runs over keys that its variants share, and own ones.
+An edit of layer l reruns blocks l to n, from its first position on. In stacked passes, a few
+queries attend to keys shared by all variants and to keys of their own variant.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,9 +39,9 @@ class Recording:
     Attributes:
         blocks: how each block was called.
         z: head outputs before the output projection, by layer.
-        key, value: as attention used them, by layer.
+        key, value: keys and values as used by attention, by layer.
         returns: by layer, how many values the attention module returns; None: one bare tensor.
-        final: what enters the final norm.
+        final: input of the final norm.
     """
 
     batch: int
@@ -55,13 +55,13 @@ class Recording:
     final: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def is_padding_mask(self, value: Tensor) -> bool:
-        """Whether a tensor says which keys are padding, and not something of each position."""
+        """Whether a tensor is a padding mask over keys, and not per-position data."""
         if self.real is None or value.shape != self.real.shape or value.is_floating_point():
             return False
         return torch.equal(value.bool(), self.real.to(value.device))
 
     def reads(self, shape: ModelShape) -> Reads:
-        """What is kept of the pass."""
+        """Taps to record."""
 
         def kept_in(found: dict[int, Tensor]) -> Callable[[TapView], None]:
             return lambda view: found.update({view.layer: view.value})
@@ -78,7 +78,7 @@ class Recording:
 def record(
     model: "HFModel", tokens: Int[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"] | None
 ) -> Recording:
-    """Run a batch once, cleanly, and keep what a replay needs."""
+    """Run a batch once without edits, and record what replays need."""
     model.learn_padding(real)
     recording = Recording(len(tokens), tokens.shape[1], real)
     with ExitStack() as hooks:
@@ -101,7 +101,7 @@ def _at_block(model: nn.Module, recording: Recording) -> Callable[[nn.Module, Ca
     use = use_of(model)
 
     def hook(_module: nn.Module, call: Call) -> None:
-        if use.running() is not MEASURING:  # how the family counts padding, before the pass
+        if use.running() is not MEASURING:  # measure how the family counts padding, before the pass
             recording.blocks.append(call)
 
     return hook
@@ -115,10 +115,10 @@ def _at_attention(recording: Recording, layer: int) -> Callable[..., None]:
 
 
 def fitted(value: Any, recording: Recording, copies: int, first: int) -> Any:
-    """A block's argument for a batch stacked ``copies`` times, from position ``first`` on.
+    """Adapt a block's argument to a batch stacked ``copies`` times, from position ``first`` on.
 
-    Tensors whose first axis is the batch are repeated; those whose next axis (or only axis) is
-    the position are cut, but for the padding mask, which speaks of keys and stays whole.
+    Tensors with a batch axis first are repeated; those whose next (or only) axis is the position
+    are cut, except the padding mask, which is over keys and stays whole.
     """
     if isinstance(value, tuple | list):
         return type(value)(fitted(one, recording, copies, first) for one in value)
@@ -126,7 +126,7 @@ def fitted(value: Any, recording: Recording, copies: int, first: int) -> Any:
         return {key: fitted(one, recording, copies, first) for key, one in value.items()}
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
-    if (facts := mask_facts(value)) is not None:  # it speaks of keys, and says so itself
+    if (facts := mask_facts(value)) is not None:  # it is marked as a mask over keys
         if facts.keys is None:
             return with_facts(repeated_batch(value, copies), facts)
         keys = repeated_batch(facts.keys, copies)
@@ -140,7 +140,7 @@ def fitted(value: Any, recording: Recording, copies: int, first: int) -> Any:
 
 
 def repeated_batch(value: Tensor, copies: int) -> Tensor:
-    """The batch axis repeated, whole batches one after the other."""
+    """Repeat the batch axis, with whole batches one after another."""
     if copies == 1:
         return value
     spread = value.unsqueeze(0).expand(copies, *value.shape)
@@ -151,7 +151,7 @@ def repeated_batch(value: Tensor, copies: int) -> Tensor:
 def quick_activations(model: "HFModel") -> Iterator[None]:
     """Within a scope, run the tanh form of GELU in one fused kernel, equal to 2e-7.
 
-    transformers writes it out in eight passes over memory, about 15% of a block on a CPU.
+    transformers' version makes eight passes over memory, about 15% of a block's time on a CPU.
     """
     from transformers.activations import FastGELUActivation, NewGELUActivation
 
@@ -167,14 +167,14 @@ def quick_activations(model: "HFModel") -> Iterator[None]:
 class Resumable:
     """Recorded clean pass from which later passes take their first blocks.
 
-    For models whose blocks do not run alone: encoders with a head of several layers, images,
-    encoder-decoders. A block before the first edit gives what it gave, and everything else is the
-    model's own forward; a stack that feeds the edited one, such as the encoder of a decoder, is not
-    run again.
+    For models whose blocks cannot run separately: encoders with heads of several layers, image
+    models, encoder-decoders. Blocks before the first edit return their recorded outputs, and
+    everything else is the model's own forward; a stack that feeds the edited one, such as a
+    decoder's encoder, is not rerun.
 
     Attributes:
         batch: number of examples.
-        outputs: what each block returned.
+        outputs: recorded output of each block.
         attended: what attention of each layer returned, less the first tensor.
         z: head outputs before the output projection, by layer.
     """
@@ -188,11 +188,11 @@ class Resumable:
     @classmethod
     @torch.no_grad()
     def of(cls, model: "HFModel | StackView", texts: Texts) -> "Resumable | None":
-        """Run a batch once, cleanly; None if a block runs more than once, or not at all.
+        """Run a batch once without edits; None if a block runs more than once, or not at all.
 
         Args:
             model: model to run.
-            texts: the batch.
+            texts: batch to run.
         """
         blocks = model.blocks_before(model.shape.n_layers)
         use, found, runs = use_of(model.module), dict[nn.Module, Any](), list[nn.Module]()
@@ -225,11 +225,11 @@ class Resumable:
 
     @contextmanager
     def before(self, layer: int, copies: int) -> Iterator[None]:
-        """Within a scope, blocks before a layer give what they gave to the recorded batch.
+        """Scope in which blocks before a layer return their recorded outputs.
 
         Args:
-            layer: first that runs.
-            copies: how often the batch is stacked.
+            layer: first layer that runs.
+            copies: number of stacked copies of the batch.
         """
         with held(self.model.module), ExitStack() as scope:
             for block in self.model.blocks_before(layer):
@@ -248,7 +248,7 @@ class Resumable:
         only they are read.
 
         Args:
-            layer: first that runs.
+            layer: first layer that runs.
             edits: of all variants, for the positions of the pass.
             rows: positions of the last block that are read; None: all. Others become 0.
         """
@@ -346,7 +346,7 @@ def _given(output: Any, *_args: Any, **_kwargs: Any) -> Any:
     return output
 
 
-# Up to so many queries the scores are cheaper than copies of the shared keys and values.
+# Up to this many queries, separate scores are cheaper than copying the shared keys and values.
 _FEW = 32
 _SCORE_ENTRIES = 1 << 23
 
@@ -366,7 +366,7 @@ class Prefix:
 
 
 def joined(call: AttentionCall, prefix: Prefix) -> AttentionCall:
-    """The call with the shared keys and values in front of its own."""
+    """Prepend the shared keys and values to a call's own."""
     if prefix.length == 0:
         return call
     key = torch.cat([repeated_batch(prefix.key, prefix.copies), call.key], dim=2)
@@ -381,7 +381,7 @@ def attend(
 
     Args:
         call: queries, keys and values of the replayed positions; its padding mask is whole.
-        prefix: what stands before them.
+        prefix: shared keys and values before them.
         queries: replayed positions to use, counted from the first; None: all.
     """
     n_queries = call.n_queries if queries is None else len(queries)
@@ -423,7 +423,7 @@ def _few(
     return z.reshape(stacked, -1, len(queries), z.shape[-1]).transpose(1, 2)
 
 
-# The last block is cut to the positions read only where that spares at least half of them.
+# The last block is only cut to the positions read if that saves at least half of them.
 _LEAN_SHARE = 0.5
 _NOTHING: Mapping[Tap, Read] = MappingProxyType({})
 
@@ -438,9 +438,9 @@ class Replay:
     """Runs variants of a recorded pass.
 
     Attributes:
-        read: positions of each example whose last residual stream is wanted.
-        prefix: keep what lies before the first edit.
-        lean: compute the last block only where it is read.
+        read: mask of the positions whose last residual stream is needed.
+        prefix: reuse positions before the first edit.
+        lean: compute the last block only at the positions read.
     """
 
     model: "HFModel"
@@ -451,14 +451,16 @@ class Replay:
 
     @cached_property
     def on_host(self) -> Bool[Tensor, "batch pos"]:
-        """``read`` on the CPU, moved there once: no stack waits for the device to look at it."""
+        """``read`` on the CPU, moved there once to avoid device syncs per stack."""
         return self.read.cpu()
 
     def start(self, variant: Variant) -> tuple[int, int]:
         """First block and first position that a variant must run."""
         layer = first_layer(variant)
         at = self.model.shape.n_layers - 1 if layer is None else layer
-        if not (self.prefix and self.model.mask.causal):  # else later edits change earlier places
+        if not (
+            self.prefix and self.model.mask.causal
+        ):  # otherwise later edits affect earlier positions
             return at, 0
         return at, min(first_position(variant), int(self.on_host.any(0).int().argmax()))
 
@@ -470,12 +472,12 @@ class Replay:
     def run(
         self, variants: Sequence[Variant], reads: Mapping[Tap, Read] = _NOTHING
     ) -> Float[Tensor, "row d_model"] | None:
-        """Run the model again with edits, as :meth:`HeadModel.run` would, from the recording.
+        """Rerun the model with edits from the recording, equivalent to :meth:`HeadModel.run`.
 
         Args:
-            variants: edits of each; they are stacked in one batch, variants outermost.
-            reads: functions by tap: queries, keys and values, all positions of them. The run then
-                stops once all were read.
+            variants: edits of each variant; they are stacked in one batch, variants outermost.
+            reads: functions by tap, for queries, keys and values at all positions. The run then
+                stops once all are read.
 
         Returns:
             Last residual stream of every variant at the positions read; None if it stopped.
@@ -501,7 +503,7 @@ class Replay:
 
     @torch.no_grad()
     def logits(self, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
-        """Logits of some last residual streams, by the model's own modules."""
+        """Logits of some last residual streams, computed with the model's own modules."""
         model, unembedding = self.model, self._unembedding
         with pass_over(model.module):
             normed = model.layout.final_norm(rows) if model.layout.final_norm is not None else rows
@@ -548,7 +550,7 @@ class _Suffix:
         return plain and int(read.any(0).sum()) <= _LEAN_SHARE * read.shape[1]
 
     def _block(self, layer: int, block: nn.Module, hidden: Tensor) -> Tensor:
-        """One block, with attention given or computed."""
+        """Run one block, with attention given or computed."""
         parts = self.replay.model.layout.layers.get(layer)
         with ExitStack() as stack_:
             if parts is not None:
@@ -558,7 +560,7 @@ class _Suffix:
         return after
 
     def _prepare(self, layer: int, parts: LayerParts, hidden: Tensor, scope: ExitStack) -> None:
-        """Set how this layer's attention comes about."""
+        """Choose how this layer's attention is computed."""
         edit = next((e for e in self.edits if e.site == "z" and layer in e.layers), None)
         if self._is_given(layer):
             z = self.replay.recording.z[layer][:, self.first :]
@@ -577,7 +579,7 @@ class _Suffix:
             scope.enter_context(hooked([hook]))
 
     def _is_given(self, layer: int) -> bool:
-        """Whether attention need not run: what it gives is known before it does."""
+        """Whether attention need not run, since its output is known."""
         here = [edit for edit in self.edits if layer in edit.layers]
         if any(edit.site != "z" for edit in here) or any(tap.layer == layer for tap in self.reads):
             return False
@@ -605,7 +607,7 @@ class _Suffix:
             attention(*call.args, **call.kwargs)
         except _HeadOutputs as found:
             z = found.z
-        if edit is not None:  # it speaks of all positions
+        if edit is not None:  # it is over all positions
             whole = z.new_zeros(len(z), hidden.shape[1], *z.shape[2:])
             whole[:, self.queries] = z
             z = edit(parts.layer, whole)[:, self.queries]
@@ -621,7 +623,7 @@ class _Suffix:
         return block(*call.args, **call.kwargs)
 
     def _shown(self, tap: Tap, value: Tensor) -> Tensor:
-        """Hand a tap to its reader; end the run where nothing is left to read."""
+        """Pass a tap to its reader; end the run once everything is read."""
         if tap in self.reads:
             self.reads[tap](TapView(tap, Span.whole(self.replay.recording.length), None, value))
             self.seen.add(tap)
@@ -630,18 +632,18 @@ class _Suffix:
         return value
 
     def _argument(self, value: Any) -> Any:
-        """An argument for this stack; blocks share most of theirs."""
+        """Argument adapted to this stack, cached since blocks share most arguments."""
         if id(value) not in self.arguments:
             recording = self.replay.recording
             self.arguments[id(value)] = fitted(value, recording, self.copies, self.first)
         return self.arguments[id(value)]
 
     def attend(self, module: nn.Module, call: AttentionCall) -> Tensor:
-        """Compute attention of one layer, edits of queries, keys, values and patterns included."""
+        """Compute attention of one layer, including edits of queries, keys, values and patterns."""
         layer = self.replay.model.layout.by_attention()[module].layer
         recording, before = self.replay.recording, slice(0, self.first)
         call = replace(call, layer=layer)
-        # The edits were cut to the positions that run: to them these are the whole text.
+        # Edits were cut to the positions that run, so they treat these as the whole text.
         span = Span.whole(call.n_queries)
         sources = [writes_of(self.edits)]
         call = written_call(

@@ -1,7 +1,7 @@
 """All names inside transformers that headscope relies on but transformers does not guarantee.
 
-When transformers moves, :func:`moved` says in one line per name what is no longer where it was;
-a test holds that the list is empty. Nothing else in headscope names these.
+When transformers changes, :func:`moved` lists in one line per name what has moved; a test checks
+that the list is empty. No other file of headscope uses these names.
 """
 
 import sys
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from headscope.base.stacks import CAUSAL, MaskRule
 
-# What a layer of a causal language model may be, by its name in ``config.layer_types``. A name that
-# is not here may hide keys in a way that headscope does not know, so the model is refused.
+# Known layer types in ``config.layer_types``. Other types may hide keys in ways unknown to
+# headscope, so their models are refused. is not here may hide keys in a way that headscope does not
+# know, so the model is refused.
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
 OTHER_LAYERS = frozenset(
     {
-        "attention",  # of configs that name only the kind of block
+        "attention",  # for configs that name only the kind of block
         "conv",
         "dense",
         "hybrid",
@@ -41,7 +42,7 @@ MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def register_attention(name: str, attend: Callable[..., Any], mask: Callable[..., Any]) -> None:
-    """Enter an attention function and what builds its masks into the registries. Idempotent."""
+    """Register an attention function and its mask builder. Idempotent."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(name, attend)
@@ -91,8 +92,8 @@ def make_eager(config: Any) -> None:
     config._attn_implementation = "eager"
 
 
-# Method of a module that holds the whole of attention, queries, keys and values to output and
-# pattern, in families that do not go through the registry.
+# Method that computes attention from queries, keys and values, in families that bypass the
+# registry. pattern, in families that do not go through the registry.
 ATTENTION_METHOD = "_attn"
 
 
@@ -113,7 +114,7 @@ def commit_hash(config: Any, place: str, revision: str | None) -> str | None:
     """Commit of the repository that a config was read from, as far as the cache knows it.
 
     Args:
-        config: that was read; of transformers before 5.20 it names the commit itself.
+        config: config that was read; before transformers 5.20, it contains the commit.
         place: name of the repository, or a folder.
         revision: requested revision, returned if no commit is known.
     """
@@ -128,7 +129,7 @@ def commit_hash(config: Any, place: str, revision: str | None) -> str | None:
 
 
 def has_adapters(model: Any) -> bool:
-    """Whether transformers put adapters (LoRA and the like) into a model."""
+    """Whether transformers added adapters (such as LoRA) to a model."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
@@ -138,14 +139,14 @@ def is_stateful(model: Any) -> bool:
 
 
 def eager_attention(module: nn.Module) -> Callable[..., Any] | None:
-    """The attention function that the file of a module falls back on; None if it has none."""
+    """Eager attention function in a module's source file; None if it has none."""
     source = sys.modules.get(type(module).__module__)
     found: Callable[..., Any] | None = getattr(source, "eager_attention_forward", None)
     return found
 
 
 def plain_rule(function: MaskFunction) -> MaskRule | None:
-    """Rule of a mask function of transformers' own that has no window; None of any other."""
+    """Rule of one of transformers' own mask functions without a window; None for others.
     from transformers import masking_utils
 
     if function is masking_utils.causal_mask_function:
@@ -158,11 +159,13 @@ def plain_rule(function: MaskFunction) -> MaskRule | None:
 def padding_of_keys(
     attention_mask: Bool[Tensor, "batch pos"] | None, kv_length: int, kv_offset: int
 ) -> Bool[Tensor, "batch key"] | None:
-    """Which of a call's keys are real, of a mask over all positions."""
+    """Mask of a call's real keys, from a mask over all positions."""
     if attention_mask is None:
         return None
     whole = attention_mask
-    if kv_offset and whole.shape[-1] == kv_length:  # too short for all: generate made it of these
+    if (
+        kv_offset and whole.shape[-1] == kv_length
+    ):  # too short for all keys: generate built it for these
         return whole
     if (missing := kv_length + kv_offset - whole.shape[-1]) > 0:
         whole = nn.functional.pad(whole, (0, missing))
@@ -177,7 +180,7 @@ def visible_by(
     *,
     use_vmap: bool,
 ) -> Bool[Tensor, "batch query key"]:
-    """What a mask function of transformers shows to some queries; padding is not in it.
+    """Keys that a transformers mask function makes visible to some queries, without padding.
 
     Args:
         function: takes indices of example, head, query and key.
