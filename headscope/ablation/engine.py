@@ -224,7 +224,7 @@ def rows_read(
     """Rows of the last block that have to run; None: all, or so many that it spares little.
 
     Args:
-        model: that is run.
+        model: model to run.
         texts: a batch.
         read: positions whose logits are read.
         lean: which of them count: of images, the first are those of class and register tokens.
@@ -379,7 +379,7 @@ def _resuming(model: HeadModel, texts: Texts) -> Engine:
 
 
 def _unless_unsupported(found: Callable[[], Found]) -> Found | None:
-    """What a function returns; None where blocks are called in a way that it does not support."""
+    """What a function returns; None if blocks are called in a way that it does not support."""
     try:
         return found()
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:

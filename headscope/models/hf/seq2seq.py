@@ -380,8 +380,8 @@ class Seq2SeqModel(Shown, checks=False):
     def pointwise_head(self) -> nn.Module | None:
         """Module that makes logits at each target position of that position alone.
 
-        Proved by a tiny pass: given one position, it gives that position's logits. None where
-        there is no such module.
+        Proved by a tiny pass: given one position, it gives that position's logits. None if there is
+        no such module.
         """
         if not self.has_logits:
             return None

@@ -146,7 +146,7 @@ def eager_attention(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def plain_rule(function: MaskFunction) -> MaskRule | None:
-    """Rule of one of transformers' own mask functions without a window; None for others.
+    """Rule of one of transformers' own mask functions without a window; None for others."""
     from transformers import masking_utils
 
     if function is masking_utils.causal_mask_function:
