@@ -429,7 +429,9 @@ def _make_mazes(model: HeadModel, setting: StudySetting, seed: int) -> Probe:
     """Lists of connections of cells, and a cell at which a path has arrived, in random tokens."""
     known = ordinary_tokens(model).numpy()
     if len(known) < _CELLS + 2:
-        raise UnsupportedModelError(f"a maze takes {_CELLS + 2} tokens, and it has {len(known)}.")
+        raise UnsupportedModelError(
+            f"a maze needs {_CELLS + 2} different tokens, and it has {len(known)}."
+        )
     prefix = bos_prefix(model, None)
     rng = np.random.default_rng([16, seed])
     tokens, every, before = [], [], []
@@ -457,26 +459,26 @@ def _adjacent(name: str, model: HeadModel, setting: StudySetting) -> Evidence:
 
 MAZES = Study(
     "maze-adjacency",
-    "Heads that look up the neighbours of a cell of a maze",
+    "Heads that look up neighbouring cells in a maze",
     "Ivanitskiy et al. 2023, Structured World Representations in Maze-Solving Transformers, "
     "arXiv 2312.02566",
     (
         Claim(
             "neighbours",
-            "From the cell where a path has arrived, a head attends to its neighbours in the list "
-            "of connections.",
-            "attention of the best head on mentions of neighbours, chosen on other mazes",
-            "the same rows on the places of the neighbours of another maze",
+            "From the current cell of a path, a head attends to its neighbours in the list of "
+            "connections.",
+            "attention to mentions of neighbours, for the head chosen on other mazes",
+            "the same rows at the positions of another maze's neighbours",
             partial(_adjacent, "neighbours"),
             MATTERS,
             "attention",
         ),
         Claim(
             "listed-before",
-            "A head also finds neighbours that are listed before the cell, which the token after "
-            "an earlier mention does not tell.",
-            "attention of the best head on mentions of such neighbours, chosen on other mazes",
-            "the same rows on the places of such neighbours of another maze",
+            "A head also finds neighbours that are listed before the cell, which an induction "
+            "head cannot find.",
+            "attention to mentions of such neighbours, for the head chosen on other mazes",
+            "the same rows at the positions of another maze's such neighbours",
             partial(_adjacent, "listed_before"),
             MATTERS,
             "attention",
@@ -485,7 +487,7 @@ MAZES = Study(
     "The paper trains models on mazes; here any decoder gets the list: trees of eight cells, named "
     "by random tokens, with each connection written once and in a random direction, so that an "
     "induction head finds the neighbours listed after the cell and no others. The second claim is "
-    "not the paper's: it tells heads that know the maze from heads that repeat a pair.",
+    "not in the paper: it separates heads that use the maze from heads that repeat a pair.",
 )
 
 _BITS, _ADDED = 12, 5  # of a string, and how many at its beginning are added
@@ -511,8 +513,8 @@ def _strings(
         right = float((said == count % 2).double().mean())
         if right < RIGHT:
             raise UnsupportedModelError(
-                f"it gets {right:.0%} of the sums of {_ADDED} bits right (half by guessing): it "
-                "was not trained to add the first bits of a string."
+                f"it gets {right:.0%} of the sums of {_ADDED} bits right (chance: 50%): it was not "
+                "trained to add the first bits of a string."
             )
     return from_tokens(tokens), count.numpy()
 
@@ -582,33 +584,34 @@ def _between(
 
 CLUSTERING = Study(
     "clustering-head",
-    "A head that groups strings by what matters of them",
+    "Heads whose outputs cluster inputs by what matters for the task",
     "Cabannes et al. 2024, Clustering Head: A Visual Case Study of the Training Dynamics in "
     "Transformers, arXiv 2410.24050",
     (
         Claim(
             "even",
-            "A head attends to the bits that are added, to all of them alike, and to no others.",
-            "overlap of its attention with even attention to the five bits, of the head chosen on "
-            "other strings",
-            "overlap with even attention to the next five bits",
+            "A head attends to the bits that are added, equally to each, and to no others.",
+            "overlap of its attention with uniform attention to the five bits, for the head "
+            "chosen on other strings",
+            "overlap with uniform attention to the next five bits",
             _even,
             0.3,
             "overlap",
         ),
         Claim(
             "clusters",
-            "What the head writes is the same for strings with the same number of ones among these "
+            "The head's output is the same for strings with the same number of ones among these "
             "bits.",
-            "share of the variance of its outputs that lies between strings of different numbers",
-            "the same with numbers shuffled among strings",
+            "share of the variance of its outputs that is between strings with different numbers "
+            "of ones",
+            "the same with the numbers shuffled among strings",
             _clustered,
             0.5,
             "share of the variance",
         ),
     ),
-    "Sparse modular addition: whether the first 5 of 12 bits have an odd sum. Asked of models that "
-    "were trained (or compiled) to give it as the next token; bits are the model's first two "
+    "Sparse modular addition: whether the first 5 of 12 bits have an odd sum. For models that "
+    "were trained (or compiled) to predict it as the next token; bits are the model's first two "
     "tokens.",
 )
 ALL = (

@@ -264,10 +264,10 @@ _LEAST_WORDS, _KNOWN = 12, 0.2  # words; probability of their translations
 
 
 def _translated(model: HeadModel, setting: StudySetting) -> tuple[Probe, list[tuple[int, int]]]:
-    """French words to be said in German, and the English and the German token of each."""
+    """French words to translate into German, with the English and German token of each."""
     tokenizer = model.tokenizer
     if tokenizer is None:
-        raise UnsupportedModelError("it has no tokenizer, and languages are words.")
+        raise UnsupportedModelError("it has no tokenizer, and this study needs words.")
 
     def token(word: str) -> int:
         ids = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
@@ -281,7 +281,7 @@ def _translated(model: HeadModel, setting: StudySetting) -> tuple[Probe, list[tu
     if len(words) < _LEAST_WORDS:
         raise UnsupportedModelError(
             f"{len(words)} of {len(_MEANINGS)} words are single tokens of its tokenizer in English "
-            f"and in German: it takes {_LEAST_WORDS}."
+            f"and in German: this study needs {_LEAST_WORDS}."
         )
     shown = [(one[0], label) for label, one in words.items()]
     probe = in_context(
@@ -291,7 +291,7 @@ def _translated(model: HeadModel, setting: StudySetting) -> tuple[Probe, list[tu
     said = float(np.nanmean(metric_of(model, probe, metrics.answer_probability)))
     if said < _KNOWN:
         raise UnsupportedModelError(
-            f"it gives the German words a probability of {said:.2f} only, with four translations "
+            f"it gives the German words a probability of only {said:.2f}, with four translations "
             "as demonstrations."
         )
     german = [label for _, label in shown]
@@ -324,26 +324,26 @@ def _through_english(model: HeadModel, setting: StudySetting) -> Evidence:
 
 LATENT_LANGUAGE = Study(
     "latent-language",
-    "English on the way from French to German",
+    "English as a latent language between French and German",
     "Wendler et al. 2024, Do Llamas Work in English? On the Latent Language of Multilingual "
     "Transformers, arXiv 2402.10588",
     (
         Claim(
             "english",
-            "Somewhere in the middle, the English word is more likely than the German one that is "
-            "to "
-            "be said.",
+            "In some middle layer, the English word is more likely than the German word to be "
+            "output.",
             "log-probability of the English word in the logit lens, after the layer chosen on "
             "other words",
-            "that of the German word, or of the English for another word where that is more likely",
+            "that of the German word, or of another word's English translation if that is more "
+            "likely",
             _through_english,
             MATTERS,
             "nats",
         ),
     ),
-    "French words translated into German after four demonstrations, as far as the English and the "
-    "German word are single tokens; the paper also counts tokens that begin a word. Asked of "
-    "models that translate.",
+    "French words to translate into German after four demonstrations, if the English and the "
+    "German word are single tokens; the paper also counts tokens that begin a word. For models "
+    "that can translate.",
 )
 
 

@@ -459,7 +459,7 @@ def test_a_head_that_adds_bits_alike_is_told_from_heads_that_read_one_each() -> 
     apart = hs.studies.run("clustering-head", bit_adder(alike=False), fast=True)
     assert apart.verdicts == {"even": "does not hold", "clusters": "does not hold"}
     assert apart["even"].value == pytest.approx(0.2, abs=1e-3)  # one of five bits
-    assert "half by guessing" in hs.studies.run("clustering-head", hs.load())["even"].because
+    assert "chance: 50%" in hs.studies.run("clustering-head", hs.load())["even"].because
 
 
 def test_induction_finds_half_of_the_neighbours_in_a_maze() -> None:
@@ -515,7 +515,7 @@ def test_a_translation_by_way_of_english_is_seen_in_the_middle() -> None:
     few = translator(through_english=True, count=8)
     said = hs.studies.run("latent-language", few, fast=True)["english"].because
     assert said == (
-        "8 of 40 words are single tokens of its tokenizer in English and in German: it takes 12."
+        "8 of 40 words are single tokens of its tokenizer in English and in German: this study needs 12."
     )
 
 
