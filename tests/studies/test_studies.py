@@ -515,7 +515,8 @@ def test_a_translation_by_way_of_english_is_seen_in_the_middle() -> None:
     few = translator(through_english=True, count=8)
     said = hs.studies.run("latent-language", few, fast=True)["english"].because
     assert said == (
-        "8 of 40 words are single tokens of its tokenizer in English and in German: this study needs 12."
+        "8 of 40 words are single tokens of its tokenizer in English and in German: this study "
+        "needs 12."
     )
 
 
