@@ -178,7 +178,7 @@ def test_checkpoints_of_other_runs_are_refused(
         run(model, probe, steps=2, folder=tmp_path, seed=1, rate=0.2)
     with pytest.raises(InputError, match="batch_size, probe"):
         run(model, probe.examples(slice(0, 5)), steps=2, folder=tmp_path)
-    with pytest.raises(InputError, match="has run 2 steps"):
+    with pytest.raises(InputError, match="has already run 2 steps"):
         run(model, probe, steps=1, folder=tmp_path)
     file = tmp_path / "checkpoint.safetensors"
     file.write_bytes(file.read_bytes()[:50])

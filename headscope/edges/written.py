@@ -399,7 +399,7 @@ def _texts_that_fit(model: HeadModel, probe: Probe, limit: int) -> int:
         )
     if text > limit:
         raise InputError(
-            f"the writes of {nodes:,} nodes on one text of {probe.length:,} tokens takes "
+            f"the writes of {nodes:,} nodes on one text of {probe.length:,} tokens take "
             f"{text / 1e6:.3g} MB, and the memory budget is {limit / 1e6:.3g} MB: raise it, or "
             "give shorter texts."
         )

@@ -369,7 +369,7 @@ def test_a_graph_is_kept_whole(tmp_path: Path) -> None:
         ({}, {"method": "eap_ig", "steps": 0}, "1 or more"),
         ({}, {"batch_size": 0}, "give 1 or more"),
         ({}, {"memory": "1KB"}, "scores of 110 edges on 4 texts take 0.00176 MB"),
-        ({}, {"memory": "8KB"}, "11 nodes write on one text of [0-9]+ tokens takes"),
+        ({}, {"memory": "8KB"}, "the writes of 11 nodes on one text of [0-9]+ tokens take"),
         ({}, {"metric": hs.metrics.kl_divergence}, "its gradient there is 0"),
         ({}, {"metric": hs.metrics.accuracy}, "has no gradient"),
         ({"foils": None}, {}, "this probe has no foils"),

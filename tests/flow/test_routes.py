@@ -232,8 +232,8 @@ def test_what_cannot_be_traced_is_refused_in_a_sentence() -> None:
     model = model_of("gpt2")
     probe = hs.probes.from_tokens(families.tokens())
     cases = {
-        "part_threshold=1.0: a share": lambda: hs.flow.routes(model, [3, 4], part_threshold=1.0),
-        "edge_threshold=-0.1: a share": lambda: hs.flow.routes(model, [3, 4], edge_threshold=-0.1),
+        "part_threshold=1.0: give": lambda: hs.flow.routes(model, [3, 4], part_threshold=1.0),
+        "edge_threshold=-0.1: give": lambda: hs.flow.routes(model, [3, 4], edge_threshold=-0.1),
         "the prompt is empty": lambda: hs.flow.routes(model, []),
         "has no tokenizer": lambda: hs.flow.routes(model, "text"),
         "positions 0 to 1": lambda: hs.flow.routes(model, [3, 4], position=5),

@@ -219,7 +219,7 @@ def test_writes_are_held_to_a_tensor_of_the_same_shape(family: str, site: str) -
 
     for made, told in (
         (lambda value: value[..., :3], f"the write of {site} of layer 1 returned .* for .*shape"),
-        (lambda value: None, "returned NoneType: return the tensor"),
+        (lambda value: None, "returned NoneType: return the replacement tensor"),
         (lambda value: value.numpy(), "returned ndarray"),
     ):
         with pytest.raises(InputError, match=told):
