@@ -443,7 +443,7 @@ class OwnCode(Switch):
 
 
 def _scored(module: torch.nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Output of a module of such a family, with None where it returns its whole pattern."""
+    """Output of a module of such a family, with None in place of its whole pattern."""
     with _Products(module):
         output = forward(*args, **kwargs)
     if isinstance(output, tuple):
