@@ -1,6 +1,6 @@
 """What a second Ray worker brings to a sweep, in steady state; prints JSON.
 
-    python benchmarks/workers.py > benchmarks/results/workers.json    # four minutes on two cores
+    python benchmarks/workers.py > benchmarks/results/workers.json    # eleven minutes on two cores
     python benchmarks/workers.py --layers 2 --prompts 2               # the script's own logic
 
 One model of GPT-2's width with few tokens, all heads by themselves, mean ablation, with one worker
