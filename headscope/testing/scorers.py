@@ -380,6 +380,8 @@ _DERIVED = (
     *("total", "entropy", "scores", "first", "last", "position_in_text", "previous_occurrence"),
     *(
         "mean_direction",
+        "key_pos",
+        "rows.key_pos",
         "rows.total",
         "rows.entropy",
         "matches.scores",

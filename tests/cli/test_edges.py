@@ -38,7 +38,7 @@ def test_mistakes_get_a_sentence(tmp_path: Path) -> None:
     cases = {
         ("--method", "eapp"): "did you mean",
         ("--metric", "accuracyy"): "metric",
-        ("--count", "0"): "at least one edge",
+        ("--count", "0"): "give 1 or more",
         ("--probe", "ioj"): "ioi",
         ("--probe", str(tmp_path / "none.jsonl")): "none.jsonl",
         ("--ablation", "nothing"): "ablation",

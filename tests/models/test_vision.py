@@ -299,9 +299,7 @@ def test_both_halves_of_clip_are_loaded_together(kind: str, tmp_path: Path) -> N
         model.classifier(["a"], torch.ones(1, 5))
     with pytest.raises(InputError, match="has no tokenizer"):
         model.embed(["a cat"])
-    with pytest.raises(
-        UnsupportedModelError, match="does not consist of an image model and a text model"
-    ):
+    with pytest.raises(UnsupportedModelError, match="not a model of images beside one of texts"):
         hs.vision.clip(hs.load().module)
 
 

@@ -102,7 +102,7 @@ def test_sqlite_has_cells_and_examples(folder: Path, results: Results) -> None:
 def test_duckdb_has_them_too(folder: Path, results: Results, tmp_path: Path) -> None:
     duckdb = pytest.importorskip("duckdb")
     file = export(folder, "duckdb", tmp_path / "x.duckdb")
-    base = duckdb.connect(str(file), frozen=True)
+    base = duckdb.connect(str(file), read_only=True)
     check_tables(lambda query: base.execute(query).fetchall(), results)
     base.close()
 

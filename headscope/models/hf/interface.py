@@ -151,7 +151,8 @@ def mask_facts(mask: Tensor | None) -> MaskFacts | None:
 
 def with_facts(mask: Tensor, facts: MaskFacts) -> Tensor:
     """Mark a mask as ours, e.g. a copy of one for a larger batch."""
-    marked = mask.as_subclass(_Mask)
+    # A tensor of a class of its own (on a simulated device) stays what it is.
+    marked = mask.as_subclass(_Mask) if type(mask) in (Tensor, _Mask) else mask
     setattr(marked, _FACTS, facts)
     return marked
 
