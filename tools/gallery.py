@@ -204,17 +204,16 @@ def page(held: Mapping[str, Any]) -> str:
     lines = [
         "# Gallery: a real language model",
         "",
-        f"{_counted(len(studies))} [studies](studies.md), asked of SmolLM2-135M-Instruct: 30 "
-        "layers of 9 heads that share 3 keys, Apache-2.0, from its package of weights in four "
-        f"bits. Of {len(shown)} claims {counts['holds']} hold, "
-        f"{counts['does not hold']} do not, and "
-        f"{counts['cannot be asked']} cannot be asked of it. A claim that does not hold here may "
-        "hold in larger models, on which most of these papers stand; or the number of examples "
-        "is too small to tell, which the interval shows.",
+        f"{_counted(len(studies))} [studies](studies.md), run on SmolLM2-135M-Instruct (30 layers, "
+        "9 query heads and 3 key/value heads each, 4-bit weights, Apache-2.0). Of "
+        f"{len(shown)} claims, {counts['holds']} hold, {counts['does not hold']} do not hold, and "
+        f"{counts['cannot be asked']} cannot be asked of this model. A claim that does not hold "
+        "here may hold in the larger models that most of these papers use, or there may be too "
+        "few examples to tell, which the interval shows.",
         "",
-        "`make gallery` runs it again on two cores and goes on where it stopped. "
-        f"{_cost(shown)} `make test-real` asks the quick studies again and fails if a number "
-        "moves; with `HEADSCOPE_GALLERY=all` it asks all of them.",
+        f"`make gallery` reruns everything, and resumes after an interruption. {_cost(shown)} "
+        "`make test-real` reruns the quick studies and fails if a number changes; with "
+        "`HEADSCOPE_GALLERY=all` it reruns all of them.",
         "",
         f"Weights {held['weights']}, {held['dtype']}, seed {held['seed']}; {versions}.",
         "",
@@ -235,11 +234,8 @@ def _cost(shown: Sequence[Mapping[str, Any]]) -> str:
     """One sentence on the time of the whole gallery."""
     known = [one["seconds"] for one in shown if one["seconds"] is not None]
     missing = len(shown) - len(known)
-    but = f" ({missing} claims, whose time was not recorded, left out)" if missing else ""
-    return (
-        f"Recorded, the claims took {sum(known) / 60:.0f} minutes of processor time together, "
-        f"one core at a time{but}."
-    )
+    but = f" (without {missing} claims whose time was not recorded)" if missing else ""
+    return f"It takes {sum(known) / 60:.0f} minutes on one core{but}."
 
 
 def _costs(studies: Sequence[Study], answers: Mapping[str, Any]) -> list[str]:
@@ -253,14 +249,14 @@ def _costs(studies: Sequence[Study], answers: Mapping[str, Any]) -> list[str]:
     few = [name for name in longest if known[name] < 60]
     rows = [f"| {name} | {known[name] / 60:.1f} |" for name in longest if name not in few]
     rest = sum(known[name] for name in few)
-    rows.append(f"| {len(few)} others, under a minute each | {rest / 60:.1f} |")
-    rows.append(f"| **together** | **{sum(known.values()) / 60:.1f}** |")
+    rows.append(f"| {len(few)} others, less than a minute each | {rest / 60:.1f} |")
+    rows.append(f"| **total** | **{sum(known.values()) / 60:.1f}** |")
     return [
         "",
         "## Time",
         "",
-        "Processor minutes of one core. A study that uses heads or texts that another has found "
-        "first shares them, and is cheaper for it than alone.",
+        "Minutes on one core. Studies share probes and heads, so a study that reuses those of an "
+        "earlier one is cheaper here than on its own.",
         "",
         "| study | minutes |",
         "|---|---|",

@@ -96,18 +96,27 @@ def _read(name: str) -> "HeadModel | HeadTable":
 
 def _shown(found: Comparison) -> Iterator[Any]:
     """Format the most unusual pairs, with their differences in the first five scores."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
     one, two = found.names
     said = f"* adjusted p below {LEVEL} over all pairs and scores. {found.tests}"
-    grid = Table(one, two, title=Text(f"closeness: {found.measure}"), caption=Text(said))
+    title = f"first: {one}; second: {two}. Differences are second - first.\n{found.measure}"
+    grid = Table(
+        *("first", "second"),
+        title=Text(title),
+        caption=Text(said),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     grid.add_column("closeness", justify="right")
     for name in found.scores[:5]:
-        grid.add_column(f"{name}, second - first", justify="right")
+        grid.add_column(Text("\n".join(name.split("_"))), justify="right")
     for at, (a, b) in enumerate(found.pairs[:40]):
         cells = [
-            f"{value:+.2f} [{low:.2f}, {high:.2f}]{'*' * bool(p < LEVEL)}"
+            f"{value:+.2f}{'*' * bool(p < LEVEL)}\n{low:.2f}..{high:.2f}"
             for value, low, high, p in zip(
                 found.difference[at, :5],
                 found.low[at, :5],
