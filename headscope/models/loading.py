@@ -545,7 +545,7 @@ def _stopped(error: Exception) -> str:
         )
     return (
         "its code does not run on the short text and the attention that headscope measures it with "
-        "({type(error).__name__} in {place})."
+        f"({type(error).__name__} in {place})."
     )
 
 

@@ -148,3 +148,40 @@ def test_words_that_were_left_stay_away() -> None:
         for old in sorted(set(word.findall(path.read_text("utf-8"))))
     ]
     assert not found, "\n" + "\n".join(found)
+
+
+def unfilled(path: Path) -> Iterator[str]:
+    """Texts that name a local variable in braces and are no f-strings: their f was forgotten."""
+    tree = ast.parse(path.read_text("utf-8"))
+    filled = {
+        part
+        for node in ast.walk(tree)
+        if isinstance(node, ast.JoinedStr)
+        for part in ast.walk(node)
+    }
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        names = {one.arg for one in ast.walk(function) if isinstance(one, ast.arg)}
+        names |= {one.id for one in ast.walk(function) if isinstance(one, ast.Name)}
+        raised = {
+            part
+            for node in ast.walk(function)
+            if isinstance(node, ast.Raise)
+            for part in ast.walk(node)
+        }
+        for node in set(ast.walk(function)) - filled:
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                end = r"[^{}]*" if node in raised else r"\([^{}]*"  # elsewhere, calls alone
+                found = re.findall(rf"(?<![%{{])\{{([a-z_]\w*)(?!: ){end}\}}", node.value)
+                if node.value != ast.get_docstring(function, clean=False):
+                    yield from (
+                        f"{path.name}:{node.lineno}: {{{one}" for one in found if one in names
+                    )
+
+
+def test_messages_are_filled_in(tmp_path: Path) -> None:
+    source = tmp_path / "planted.py"
+    source.write_text('def f(place):\n    raise ValueError("in {place}: ", f"at {place}")\n')
+    assert list(unfilled(source)) == ["planted.py:2: {place"]
+    assert not [one for path in FILES for one in unfilled(path)]
