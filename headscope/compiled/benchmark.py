@@ -243,7 +243,7 @@ class Benchmark(Saved, Shown, Tabular):
 
 
 # Programs and build options: both families, rotated bases, grouped heads and noise heads, so that
-# every case has distractors. that there is always something to be mistaken about.
+# every case has distractors.
 CASES: tuple[tuple[str, BuildOptions], ...] = (
     ("copy", {"noise_heads": 2}),
     ("previous", {"noise_heads": 2, "rotation_seed": 1}),
@@ -603,7 +603,7 @@ def _composed_by_edges(mode: str, method: str) -> Callable[[Case], Found]:
 def _routed(name: str) -> Callable[[Case], Found]:
     def answer(case: Case) -> Found:
         # The constant that fixes the norms dwarfs head writes, so routes at the usual thresholds
-        # contain no heads. thresholds hold no head.
+        # contain no heads.
         least = 1e-3 if name == "on_route" else 1e-9
         found = flow.route_scores(
             case.made.model, case.probe, part_threshold=least, edge_threshold=least

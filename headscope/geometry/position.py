@@ -36,7 +36,7 @@ _LEAST_TEXTS, _LEAST_POSITIONS = 4, 3
 _LENGTH = 64
 _TOKENS_PER_PASS = 4096
 # Share of the within-row variance of log rows that query times key must explain, and the smallest
-# probability whose logarithm is used. smallest probability whose logarithm is looked at.
+# probability whose logarithm is used.
 _EXPLAINED, _VISIBLE_FROM = 0.999, 1e-20
 
 

@@ -12,8 +12,7 @@ from headscope.base.stacks import CAUSAL, MaskRule
 from headscope.views import AttentionRows, QueryKeys, WindowRows
 
 # Entries of one boolean mask or block of scores in the fused path: negligible next to the
-# activations, but large enough to make the loop cheap. nothing beside the activations, large enough
-# that the loop costs nothing.
+# activations, but large enough to make the loop cheap.
 _BLOCK_ENTRIES = 1 << 22
 
 

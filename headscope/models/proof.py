@@ -35,9 +35,7 @@ if TYPE_CHECKING:
 # Rounding between two computations of one number, in units of epsilon: for the number itself, times
 # the root of the number of terms in a sum, and times the size of an attention score (a score ``s``
 # has the error ``eps * s``, and its weight in a row that relative error). Sums in half precision
-# are accumulated in fp32 and rounded once. of the number of terms of a sum, and by the size of an
-# attention score (a score ``s`` is off by ``eps * s``, and its weight in a row by that share). Sums
-# in half precision are accumulated in fp32 and rounded once.
+# are accumulated in fp32 and rounded once.
 _SINGLE, _HALF = (32.0, 2.0, 4.0), (8.0, 0.25, 0.5)
 # Largest allowance for cancellation between a logit's terms.
 _CANCELLED = 30.0

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 
 # Measured positions. From each, the phase at the next is known to well within half a turn: short
-# distances make the frequency unique, and long ones make it precise. far less than half a turn, so
-# that long ones make the frequency exact and short ones unique.
+# distances make the frequency unique, and long ones make it precise.
 POSITIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 
 # A pairing is as good as the best one if its residual is at most this multiple of the best

@@ -54,8 +54,7 @@ from headscope.testing.stacks import check_stacks, refuse_nan
 # Texts are at least this long, and longer than any window of moderate size.
 _LENGTH, _LONGEST = 72, 256
 # Rounding tolerance, relative to the largest number: fp32 rounding, amplified two thousandfold by
-# deep stacks of wide random weights. Rows and scores are fp32 for models of any dtype. stacks of
-# wide random weights. Rows and scores are fp32 whatever the model's type.
+# deep stacks of wide random weights. Rows and scores are fp32 for models of any dtype.
 _TOLERANCE = {torch.float32: 2.5e-4, torch.float64: 2.5e-4}
 _HALF_TOLERANCE = 0.1
 

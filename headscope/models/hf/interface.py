@@ -71,8 +71,7 @@ class _Switched:
 
 
 # Innermost last. Models may share a config, and threads may share a model: calls without a route
-# are computed normally, and a config gets its attention back when the last user leaves. computed as
-# it is, and a config gets its attention back when the last that uses it leaves.
+# are computed normally, and a config gets its attention back when the last user leaves.
 _ROUTES: tuple[Route, ...] = ()
 _SWITCHED: dict[int, _Switched] = {}
 _GUARD = threading.RLock()

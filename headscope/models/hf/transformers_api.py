@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from headscope.base.stacks import CAUSAL, MaskRule
 
 # Known layer types in ``config.layer_types``. Other types may hide keys in ways unknown to
-# headscope, so their models are refused. is not here may hide keys in a way that headscope does not
-# know, so the model is refused.
+# headscope, so their models are refused.
 ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
 OTHER_LAYERS = frozenset(
     {
