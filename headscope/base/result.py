@@ -232,7 +232,8 @@ class Listed(Shown):
 
     def glance(self) -> Glance:
         """One row per field that holds something."""
-        held = [(one.name, getattr(self, one.name)) for one in fields(self)]  # type: ignore[arg-type]
+        dataclass: Any = self
+        held = [(one.name, getattr(self, one.name)) for one in fields(dataclass)]
         rows = [(name.replace("_", " "), in_words(value)) for name, value in held]
         told = str(self) if type(self).__str__ is not object.__str__ else ""
         return Glance(

@@ -331,12 +331,11 @@ def _suited(study: Study, model: Subject) -> Any:
     Raises:
         UnsupportedModelError: if the model is of another kind.
     """
+    if isinstance(model, Clip) and study.of == "model":
+        return model.vision
     kinds = {Clip: "clip", Diffusion: "diffusion"}
-    kind = kinds.get(type(model), "model")
-    if kind == "clip" and study.of == "model":
-        return model.vision  # type: ignore[union-attr]
-    if kind != study.of:
-        raise UnsupportedModelError(f"this is asked of {_TAKES[study.of]}.")
+    if kinds.get(type(model), "model") != study.of:
+        raise UnsupportedModelError(f"this study needs {_TAKES[study.of]}.")
     return model
 
 
