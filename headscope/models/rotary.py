@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 POSITIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 
 # A pairing is as good as the best one if its residual is at most this multiple of the best
-# residual, or this share of the squared norm (fp32 rounding). leaves, or than this share of the
-# squared length: rounding of fp32.
+# residual, or this share of the squared norm (fp32 rounding).
 _AS_GOOD, _ROUNDED = 2.0, 1e-12
 
 Planes = tuple[tuple[int, ...], tuple[int, ...]]
