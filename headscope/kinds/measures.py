@@ -700,7 +700,7 @@ def pieces(model: HasVocabulary, probe: Probe) -> list[tuple[int, int, int]]:
     both = tokenizer.batch_decode([list(pair) for pair in beside])
     first = dict(zip(alone, tokenizer.batch_decode([[one] for one in alone]), strict=True))
     # A token's own text may lack its leading space or mark its absence, so decode two tokens
-    # together to see whether a word continues. a word goes on is seen in the text of two.
+    # together to see whether a word continues.
     goes_on = {
         pair: text.startswith(first[pair[0]]) and text[len(first[pair[0]]) :].isalpha()
         for pair, text in zip(beside, both, strict=True)

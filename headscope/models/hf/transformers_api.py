@@ -92,7 +92,7 @@ def make_eager(config: Any) -> None:
 
 
 # Method that computes attention from queries, keys and values, in families that bypass the
-# registry. pattern, in families that do not go through the registry.
+# registry.
 ATTENTION_METHOD = "_attn"
 
 
